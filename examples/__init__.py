@@ -1,0 +1,1 @@
+"""Runnable examples of hf_compress, and the real models and data they use."""

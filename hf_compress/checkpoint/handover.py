@@ -1,0 +1,162 @@
+"""Hand-over: after packing, the model carries transformers' native quantizer and config, not ours.
+
+So `config.json` never names a method that stock transformers doesn't know, and `save_pretrained`, `push_to_hub`
+and `Trainer.save_model` write through the format, before and after a forward alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
+
+from ..core.plan import Plan
+from ..formats.base import encode_model, format_of
+from ..modules.swap import packed_modules, unpack_module
+from .record import KEY, record_of
+
+
+class NativeConfig(CompressedTensorsConfig):
+    """compressed-tensors' config that also serialises `dequantize`, which asymmetric weights need."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` says."""
+        values: dict[str, Any] = super().to_dict()
+        return {**values, "dequantize": True} if self.dequantize else values
+
+
+class GuardedConfig(QuantizationConfigMixin):
+    """The guard in `config.json`: a quantization config without `quant_method`, so that stock loading raises."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = "guarded"
+        self.values = values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but `quant_method`."""
+        return dict(self.values)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: there are no defaults."""
+        return dict(self.values)
+
+
+class _Packed:
+    """What our native quantizers share: saving through the format, and no claim to be trainable."""
+
+    plan: Plan
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors and metadata that `save_pretrained` writes."""
+        record = record_of(model, self.plan)
+        return encode_model(model, self.plan, format_of(self.plan)), {KEY: record.model_dump_json()}
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Packed weights can't be trained; adapters on top of them can."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Always."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`model.dequantize()`: back to dense parameters."""
+        for _, module in list(packed_modules(model)):
+            unpack_module(module)
+        return model if dtype is None else model.to(dtype)
+
+
+class NativeQuantizer(_Packed, CompressedTensorsHfQuantizer):  # type: ignore[misc]
+    """transformers' own compressed-tensors quantizer, saving through our format."""
+
+    def __init__(self, config: NativeConfig, plan: Plan) -> None:
+        super().__init__(config, pre_quantized=True)
+        self.plan = plan
+
+
+class GuardedQuantizer(_Packed, HfQuantizer):  # type: ignore[misc]
+    """The quantizer of models that only this package can read."""
+
+    def __init__(self, config: GuardedConfig, plan: Plan) -> None:
+        super().__init__(config, pre_quantized=True)
+        self.plan = plan
+
+
+class GuardedSave(PreTrainedModel):
+    """Saves a model under the guarded weights file's name; mixed into the model's class by class swap."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """transformers' `save_pretrained` in one file, which then gets a name that stock loading doesn't look for."""
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", Path(save_directory).name)
+        super().save_pretrained(save_directory, *args, **{**kwargs, "max_shard_size": 1 << 62})
+        written = Path(save_directory) / "model.safetensors"
+        if written.is_file():
+            written.replace(written.with_name("hf_compress.safetensors"))
+        if push:
+            self.push_to_hub(repo_id, token=kwargs.get("token"))
+
+
+def hand_over(model: nn.Module, plan: Plan) -> None:
+    """Give a packed model its native quantizer and config.
+
+    Args:
+        model: The model, packed according to the plan. Plain modules have no config and stay as they are.
+        plan: The plan as carried out.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    values = format_of(plan).quantization_config(plan)
+    quantizer: HfQuantizer
+    if plan.format == "guarded":
+        quantizer = GuardedQuantizer(GuardedConfig(**values), plan)
+        model.__class__ = _guarded_class(type(model))
+    elif plan.format == "compressed-tensors":
+        quantizer = NativeQuantizer(NativeConfig.from_dict(values), plan)
+    else:
+        _forget_quantization(model)
+        return
+    model.config.quantization_config = quantizer.quantization_config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    model.add_model_tags(["hf_compress", plan.method])
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan of a model that this package quantized, or None."""
+    quantizer = vars(model).get("hf_quantizer")
+    return quantizer.plan if isinstance(quantizer, _Packed) else None
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Remove every trace of quantization from a model that stays dense."""
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+    if "quantization_config" in vars(model.config):
+        del model.config.quantization_config
+    model.is_quantized = False
+
+
+@functools.cache
+def _guarded_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The model's class with guarded saving; its name stays, so `architectures` in the config does too."""
+    return type(base.__name__, (GuardedSave, base), {"__module__": base.__module__})

@@ -1,0 +1,133 @@
+"""`hf_compress.load`: any format we write, kept packed.
+
+The packed tensors are decoded by the format; everything else goes through transformers' own loader, so renames,
+ties, data types and generation config are handled there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..core.config import REQUEST
+from ..core.errors import CorruptCheckpointError, UnsupportedModelError
+from ..core.plan import Plan, PlanRow
+from ..formats.base import format_of
+from ..modules.packed import PackedTensor
+from .record import open_weights, read_config, read_record, weight_files
+from .session import LoadSession
+
+
+class ReadRequest(QuantizationConfigMixin):
+    """The request that `load` passes to transformers: packed weights are there already."""
+
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        self.quant_method = REQUEST
+        self.plan = plan
+        self.tensors = tensors
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ReadRequest:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing of it is ever stored."""
+        return {"quant_method": self.quant_method}
+
+    def session(self, model: PreTrainedModel) -> LoadSession:
+        """A load session whose packer decodes instead of quantizing."""
+        layout = format_of(self.plan)
+        renamed = _renamed(self.tensors, model)
+        noise = {row.name: row.sqnr_db for row in self.plan.rows}
+
+        def decode(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
+            return layout.decode(row, renamed), noise[row.name]
+
+        return LoadSession(self.plan, decode)
+
+
+def load_packed(path: Path) -> PreTrainedModel:
+    """A model from a checkpoint of ours, with packed weights, on the CPU.
+
+    Args:
+        path: The checkpoint directory.
+
+    Raises:
+        CheckpointNotFoundError: There is no checkpoint of ours.
+        CorruptCheckpointError: It is damaged or inconsistent.
+        UnsupportedModelError: transformers has no such architecture.
+    """
+    record = read_record(path)
+    config, architecture = _config(path)
+    tensors = read_tensors(path)
+    packed = _packed_keys(record.plan, tensors)
+    placeholder = torch.empty(0)
+    state = {key: value for key, value in tensors.items() if key not in packed}
+    state |= dict.fromkeys((row.key for row in record.plan.quantized), placeholder)
+    request = ReadRequest(record.plan, {key: tensors[key] for key in packed})
+    model: PreTrainedModel = architecture.from_pretrained(
+        None, config=config, state_dict=state, quantization_config=request if record.plan.quantized else None
+    )
+    model.config.name_or_path = str(path)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, mapped from their files.
+
+    Raises:
+        CorruptCheckpointError: There are none, or a file is damaged.
+    """
+    files = weight_files(path)
+    if not files:
+        raise CorruptCheckpointError(f"{path} has no weights file.", "save the model again")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with open_weights(file) as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+    return tensors
+
+
+def _config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The model's config without quantization, and its class."""
+    values = read_config(path)
+    names = values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    kind = vars(transformers).get(str(name)) or getattr(transformers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{path / 'config.json'} names the architecture {name!r}, which transformers {transformers.__version__} "
+            "does not have.",
+            "install the version of transformers that has it",
+        )
+    config = AutoConfig.from_pretrained(path)
+    if "quantization_config" in vars(config):
+        del config.quantization_config
+    return config, kind
+
+
+def _packed_keys(plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names on disk that belong to packed weights.
+
+    A name on disk may differ from the module's by transformers' renames, so names are compared by their ends.
+    """
+    layout = format_of(plan)
+    wanted = {key for row in plan.quantized for key in layout.keys(row)}
+    suffixes = ("_packed", "_scale", "_shape", "_zero_point")
+    return {key for key in tensors if key in wanted or key.endswith(suffixes)}
+
+
+def _renamed(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Tensors under the model's own names, as transformers would rename them while loading."""
+    renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return {apply_renamings(key, renames): value for key, value in tensors.items()} | dict(tensors)

@@ -1,0 +1,159 @@
+"""What travels with a checkpoint: the plan, where it came from, and the proof.
+
+Every writer puts the record, without proof, into the safetensors metadata. `hf_compress.save` also writes
+`hf_compress.json` with the proof.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import _version
+from ..core.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ..core.plan import Plan
+
+FILE = "hf_compress.json"
+KEY = "hf_compress"
+SCHEMA = 1
+
+
+class Check(BaseModel):
+    """One comparison of a proof.
+
+    Attributes:
+        name: What was compared.
+        difference: Largest absolute difference.
+        relative: Largest absolute difference over the largest absolute value.
+        limit: Limit on `relative`; 0 means bit-equal.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    difference: float
+    relative: float
+    limit: float
+
+
+class Proof(BaseModel):
+    """How a checkpoint was proven.
+
+    Attributes:
+        level: `full`, `truncated`, `own-reader` or `none`.
+        reason: Why a lower level than `full`, and how to raise it.
+        reader: What reloaded it, such as `transformers 5.23.0`.
+        checks: The comparisons.
+        files: SHA-256 of every file but this record, by name.
+        resident_bytes: Bytes of the model under a stock reload, before and after its first forward.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    level: Literal["full", "truncated", "own-reader", "none"] = "none"
+    reason: str = ""
+    reader: str = ""
+    checks: tuple[Check, ...] = ()
+    files: dict[str, str] = {}
+    resident_bytes: tuple[int, int] | None = None
+
+
+class Record(BaseModel):
+    """The content of `hf_compress.json`.
+
+    Attributes:
+        schema_version: Version of this layout.
+        version: Version of hf_compress that wrote it.
+        source: Model that was compressed: a Hub id, or the name of a local directory.
+        plan: The plan as carried out.
+        proof: The proof; level `none` when written by `save_pretrained`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA
+    version: str = _version.__version__
+    source: str = ""
+    plan: Plan
+    proof: Proof = Proof()
+
+
+def record_of(model: nn.Module, plan: Plan) -> Record:
+    """The record of a model in memory, not proven."""
+    name = str(model.config.name_or_path) if isinstance(model, PreTrainedModel) else ""
+    return Record(source=Path(name).name if Path(name).is_dir() else name, plan=plan)
+
+
+def read_record(path: Path) -> Record:
+    """The record of a checkpoint directory.
+
+    Raises:
+        CheckpointNotFoundError: There is no such directory, or hf_compress didn't write it.
+        CorruptCheckpointError: The record or the weights file is damaged.
+    """
+    if not path.is_dir():
+        raise CheckpointNotFoundError(f"There is no checkpoint directory at {path}.", "check the path")
+    text = _record_text(path)
+    if text is None:
+        raise CheckpointNotFoundError(
+            f"{path} was not written by hf_compress: no {FILE} and no record in the weights.",
+            "load it with transformers' from_pretrained",
+        )
+    try:
+        return Record.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise CorruptCheckpointError(
+            f"The record of {path} is damaged at {'.'.join(map(str, problem['loc']))}: {problem['msg']}.",
+            "save the model again, or upgrade hf-compress if a newer version wrote it",
+        ) from None
+
+
+def _record_text(path: Path) -> str | None:
+    """The record's JSON, from its file or from the weights' metadata; None if there is none."""
+    if (path / FILE).is_file():
+        return (path / FILE).read_text(encoding="utf-8")
+    for file in weight_files(path):
+        with open_weights(file) as tensors:
+            text = (tensors.metadata() or {}).get(KEY)
+        if text is not None:
+            return str(text)
+    return None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The weights files of a checkpoint, stock or guarded."""
+    return sorted([*path.glob("model*.safetensors"), *path.glob("hf_compress.safetensors")])
+
+
+def open_weights(file: Path) -> safe_open:
+    """Open a weights file lazily.
+
+    Raises:
+        CorruptCheckpointError: It is not a whole safetensors file.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CorruptCheckpointError(f"{file} is not a whole safetensors file: {error}.", "save the model again") from None
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """`config.json` of a checkpoint.
+
+    Raises:
+        CorruptCheckpointError: It is absent or not JSON.
+    """
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpointError(f"{path / 'config.json'} can't be read: {error}.", "save the model again") from None
+    if not isinstance(values, dict):
+        raise CorruptCheckpointError(f"{path / 'config.json'} holds no object.", "save the model again")
+    return values

@@ -1,0 +1,1 @@
+"""Which weights, and what happens to them: rules, plan, schemes, registry, errors, configuration base."""

@@ -1,0 +1,255 @@
+"""Configuration base: a frozen, forbid-extra pydantic model behind a thin transformers config shell.
+
+`QuantConfig` is the one class registered with transformers (under `hf_compress`). It is a *request*: it never
+ends up in a checkpoint, whose `config.json` names only what stock transformers knows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from packaging.version import InvalidVersion, Version
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import _version
+from .errors import CalibrationError, ConfigError, nearest
+from .registry import METHODS
+
+if TYPE_CHECKING:
+    import torch
+
+    from .registry import Method
+
+REQUEST = "hf_compress"
+"""The `quant_method` of requests. Never written to a checkpoint."""
+
+GroupSize = Annotated[int, Field(strict=True, ge=1)] | Literal["channel", "tensor"]
+Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
+
+logger = logging.getLogger(__name__)
+
+
+def _channel(value: Any) -> Any:
+    """The field's convention: -1 means one group per output channel."""
+    return "channel" if type(value) is int and value == -1 else value
+
+
+class Rule(BaseModel):
+    """One line of the rules: which weights, and what is different for them.
+
+    Attributes:
+        pattern: Glob, or regular expression after `re:`, on weight names without `.weight`.
+        keep: True keeps the matched weights as they are; False takes back an earlier rule that kept them.
+        bits: Bit width for the matched weights.
+        group_size: Group size for the matched weights, `"channel"` or `"tensor"`.
+        symmetric: Whether the matched weights are quantized without zero point.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: Annotated[str, Field(min_length=1)]
+    keep: Annotated[bool, Field(strict=True)] | None = None
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    symmetric: Annotated[bool, Field(strict=True)] | None = None
+
+    _channel = field_validator("group_size", mode="before")(_channel)
+
+    def settings(self) -> dict[str, Any]:
+        """The scheme settings that this rule changes."""
+        names = ("bits", "group_size", "symmetric")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class QuantFields(BaseModel):
+    """Fields common to all methods.
+
+    Attributes:
+        skip: Patterns of weights to keep, added to the defaults.
+        rules: Further rules; the last rule that matches a weight decides.
+        default_rules: Whether heads, routers, norms and embeddings are kept.
+        embeddings: `"int8"` quantizes embedding tables, 8 bits and one scale per row.
+        min_coverage: Smallest fraction of the weights in scope that must be quantized.
+        format: Checkpoint format, or `"auto"` for the best stock format that holds the plan.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    skip: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    default_rules: Annotated[bool, Field(strict=True)] = True
+    embeddings: Literal["keep", "int8"] = "keep"
+    min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.9
+    format: Literal["auto", "compressed-tensors", "guarded"] = "auto"
+
+
+class UniformFields(QuantFields):
+    """Fields of methods that choose a uniform integer grid.
+
+    Attributes:
+        bits: Bits per weight, 2 to 8.
+        group_size: Consecutive inputs that share a scale; `"channel"` (or -1) one scale per output channel,
+            `"tensor"` one for the whole weight.
+        symmetric: Whether zero is the middle of the grid (no zero points).
+    """
+
+    bits: Bits = 4
+    group_size: GroupSize = 64
+    symmetric: Annotated[bool, Field(strict=True)] = True
+
+    _channel = field_validator("group_size", mode="before")(_channel)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A holder for calibration data: copied by reference, never serialised.
+
+    transformers deep-copies configs hundreds of times while loading; data must not travel with them.
+    """
+
+    data: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
+        return self
+
+
+class QuantConfig(QuantizationConfigMixin):
+    """A compression request for `from_pretrained(quantization_config=...)` or `hf_compress.quantize`.
+
+    Args:
+        calibration: Calibration data, for methods that need it.
+        fields: The method's fields; see its configuration class.
+
+    Raises:
+        ConfigError: A key is unknown or a value has the wrong type or range.
+        CalibrationError: Data was given to a method that needs none.
+    """
+
+    method: ClassVar[str]
+    fields_type: ClassVar[type[QuantFields]] = QuantFields
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = cls.fields_type.__signature__  # type: ignore[attr-defined]
+
+    def __init__(self, *, calibration: Any = None, **fields: Any) -> None:
+        self.quant_method = REQUEST
+        self.fields = validate(self.fields_type, fields)
+        self.calibration = calibration if isinstance(calibration, Calibration | None) else Calibration(calibration)
+        if self.calibration is not None and not self.spec.needs_data:
+            raise CalibrationError(
+                f"{type(self).__name__} needs no calibration data, but some was given.", "leave `calibration` out"
+            )
+
+    @property
+    def spec(self) -> Method:
+        """The registered method behind this configuration."""
+        return METHODS.get(self.method)
+
+    @property
+    def load_dtype(self) -> torch.dtype | None:
+        """The data type that the whole model is loaded in, where the request decides it."""
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).fields_type.model_fields:
+            return getattr(self.fields, name)
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A configuration from its dictionary; the class follows from the key `method`.
+
+        Raises:
+            ConfigError: `method` is missing, or a key is unknown and the dictionary isn't of a newer version.
+            MethodError: The method is not registered.
+        """
+        values = {**config_dict, **kwargs}
+        values.pop("quant_method", None)
+        written_by = values.pop("version", None)
+        if "method" not in values:
+            raise ConfigError(
+                "A configuration given as a dictionary needs the key 'method'.", f"add one of {', '.join(METHODS.names())}"
+            )
+        config = METHODS.get(values.pop("method")).config
+        if _is_newer(written_by):
+            values = _known(values, config.fields_type, str(written_by))
+        made = config(**values)
+        return (made, {}) if return_unused_kwargs else made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the data, as JSON types."""
+        head = {"quant_method": self.quant_method, "method": self.method, "version": _version.__version__}
+        return {**head, **self.fields.model_dump(mode="json")}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The dictionary without fields at their defaults."""
+        head = {"quant_method": self.quant_method, "method": self.method, "version": _version.__version__}
+        return {**head, **self.fields.model_dump(mode="json", exclude_defaults=True)}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The configuration as JSON text."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """transformers' hook to overwrite attributes; requests are frozen, so everything is unused."""
+        return kwargs
+
+    def __repr__(self) -> str:
+        set_ = ", ".join(f"{key}={value!r}" for key, value in self.fields.model_dump(exclude_defaults=True).items())
+        return f"{type(self).__name__}({set_})"
+
+
+def validate(fields_type: type[QuantFields], values: dict[str, Any]) -> QuantFields:
+    """Build the pydantic model, with its errors told in our words.
+
+    Raises:
+        ConfigError: With the key, the value seen, and the nearest known key.
+    """
+    try:
+        return fields_type(**values)
+    except ValidationError as error:
+        raise _config_error(fields_type, error) from None
+
+
+def _config_error(fields_type: type[BaseModel], error: ValidationError) -> ConfigError:
+    """The first problem that pydantic found, as a `ConfigError`."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"][:3])
+    known = list(fields_type.model_fields)
+    if first["type"] == "extra_forbidden":
+        owner = Rule if len(first["loc"]) > 1 else fields_type
+        key = str(first["loc"][-1])
+        hint = nearest(key, owner.model_fields)
+        return ConfigError(f"Unknown key {place!r}. {hint}".rstrip(), f"known keys: {', '.join(owner.model_fields)}")
+    if place in ("skip", "rules"):
+        return ConfigError(f"{place}={first['input']!r} is not a list.", f'write {place}=["pattern"]')
+    expected = "; ".join(sorted({item["msg"] for item in error.errors(include_url=False) if item["loc"][0] == first["loc"][0]}))
+    return ConfigError(f"{place}={first['input']!r} is not possible: {expected}.", f"see the fields {', '.join(known)}")
+
+
+def _is_newer(written_by: object) -> bool:
+    """Whether a dictionary was written by a newer version than this one."""
+    if written_by is None:
+        return False
+    try:
+        return Version(str(written_by)) > Version(_version.__version__)
+    except InvalidVersion:
+        raise ConfigError(f"version={written_by!r} is not a version number.", "remove the key") from None
+
+
+def _known(values: dict[str, Any], fields_type: type[QuantFields], written_by: str) -> dict[str, Any]:
+    """Drop keys that a newer version may have added, with one warning that names them."""
+    unknown = sorted(set(values) - set(fields_type.model_fields))
+    if unknown:
+        logger.warning(
+            "This configuration was written by hf_compress %s (this is %s); ignored: %s. Upgrade to use them.",
+            written_by,
+            _version.__version__,
+            ", ".join(unknown),
+        )
+    return {key: value for key, value in values.items() if key not in unknown}

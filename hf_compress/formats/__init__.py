@@ -1,0 +1,1 @@
+"""What bytes on disk: one module per layout, each saying what it holds, how to write and how to read it."""

@@ -1,0 +1,43 @@
+"""A plain transformers checkpoint, for plans that quantize nothing (casts)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..core.plan import Plan, PlanRow
+from ..core.registry import FORMATS
+from ..modules.packed import PackedTensor
+
+
+class DenseFormat:
+    """No packed weights at all."""
+
+    name = "dense"
+    stock_reader: str | None = "transformers"
+    weights_file: str | None = None
+
+    def refusal(self, row: PlanRow, plan: Plan) -> str | None:
+        """It holds no packed weight."""
+        return None if row.quantization is None else "a dense checkpoint holds no packed weights"
+
+    def quantization_config(self, plan: Plan) -> dict[str, Any]:
+        """Nothing to say."""
+        return {}
+
+    def keys(self, row: PlanRow) -> list[str]:
+        """Names of the tensors that hold one packed weight: none."""
+        return []
+
+    def encode(self, row: PlanRow, packed: PackedTensor) -> dict[str, Tensor]:
+        """There are no packed weights."""
+        raise ValueError(f"{row.name} is packed, a dense checkpoint can't hold it")
+
+    def decode(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
+        """There are no packed weights."""
+        raise ValueError(f"{row.name} is planned as packed in a dense checkpoint")
+
+
+FORMATS.register(DenseFormat())

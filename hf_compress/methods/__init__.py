@@ -1,0 +1,1 @@
+"""Compression methods, one folder each: a configuration class and a pure function on tensors."""

@@ -1,0 +1,17 @@
+"""Casting needs no scheme: the whole model changes its data type and stays a stock model."""
+
+from __future__ import annotations
+
+import torch
+
+from ...core.config import QuantFields
+from ...core.errors import ConfigError
+from ...core.weights import Weight
+from .config import DTYPES, CastFields
+
+
+def scheme(fields: QuantFields, weight: Weight) -> torch.dtype | str:
+    """The data type to cast to."""
+    if not isinstance(fields, CastFields):
+        raise ConfigError(f"{type(fields).__name__} has no dtype to cast to.")
+    return DTYPES[fields.dtype]

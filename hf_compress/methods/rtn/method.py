@@ -1,0 +1,70 @@
+"""Round to nearest with the range of each group: scale = absmax / ((2^b - 1) / 2), as compressed-tensors has it."""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
+
+from ...core import scheme as schemes
+from ...core.config import QuantFields, UniformFields
+from ...core.errors import ConfigError
+from ...core.registry import Quantized
+from ...core.weights import Weight
+
+CHUNK = 1 << 20
+"""Values quantized at a time, so that temporary memory does not grow with the weight."""
+
+
+def scheme(fields: QuantFields, weight: Weight) -> QuantizationScheme | str:
+    """Weight-only on the grid that the fields ask for."""
+    if not isinstance(fields, UniformFields):
+        raise ConfigError(f"{type(fields).__name__} has no bits and group size.")
+    return schemes.scheme(schemes.weight_args(fields.bits, fields.group_size, fields.symmetric))
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, args: QuantizationArgs) -> Quantized:
+    """Quantize a weight to the nearest point of its grid.
+
+    Args:
+        weight: … × rows × columns, floating point, finite.
+        args: The grid: bits, strategy, group size, symmetry.
+
+    Returns:
+        Codes (int8, the weight's shape) and scales in the weight's data type. Rounding is done in float32
+        with the scale as it will be stored, so a code is never off by the scale's own rounding.
+    """
+    rows = weight.reshape(-1, weight.shape[-1])
+    grid = _grid(*torch.aminmax(rows), args, weight.dtype) if args.strategy == "tensor" else None
+    step = max(1, CHUNK // rows.shape[1])
+    blocks = [_quantize_rows(block, args, grid) for block in rows.split(step)]
+    codes = torch.cat([block.codes for block in blocks]).view(weight.shape)
+    if grid is not None:
+        return Quantized(codes, grid[0].reshape(1), None if grid[1] is None else grid[1].reshape(1))
+    shape = schemes.groups(tuple(weight.shape), args)
+    scale = torch.cat([block.scale for block in blocks]).view(shape)
+    zeros = [block.zero_point for block in blocks if block.zero_point is not None]
+    return Quantized(codes, scale, torch.cat(zeros).view(shape) if zeros else None)
+
+
+def _quantize_rows(rows: Tensor, args: QuantizationArgs, grid: tuple[Tensor, Tensor | None] | None) -> Quantized:
+    """Quantize a block of rows, on the grid of the whole weight if one is given."""
+    groups = 1 if grid is not None else schemes.groups(tuple(rows.shape), args)[-1]
+    grouped = rows.float().unflatten(-1, (groups, -1))
+    scale, zeros = grid or _grid(grouped.amin(-1), grouped.amax(-1), args, rows.dtype)
+    scaled = grouped / scale.float().unsqueeze(-1)
+    if zeros is not None:
+        scaled = scaled + zeros.float().unsqueeze(-1)
+    limit = 2 ** (args.num_bits - 1)
+    codes = scaled.round_().clamp_(-limit, limit - 1).flatten(-2).to(torch.int8)
+    return Quantized(codes, scale, zeros)
+
+
+def _grid(low: Tensor, high: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scale in the weight's data type and zero point of each group."""
+    scale, zero_point = calculate_qparams(low.float(), high.float(), args)
+    stored = scale.to(dtype)
+    stored = torch.where(stored == 0, torch.finfo(dtype).tiny, stored)
+    return stored, None if args.symmetric else zero_point.to(torch.int8)

@@ -1,0 +1,1 @@
+"""What bytes in memory: packing weights in place by class swap, and the kernels that run them."""

@@ -1,0 +1,1 @@
+"""Kernels for packed modules: one protocol, one file per backend."""

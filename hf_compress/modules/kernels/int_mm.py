@@ -1,0 +1,125 @@
+"""W8A8 dynamic, per token, through `torch._int_mm` (int8 × int8 → int32) on the plain codes.
+
+One copy of the weight, no packing. PyTorch runs it with oneDNN's integer instructions on x86. On processors
+without VNNI its 16-bit sums saturate silently, so the probe compares extreme codes with exact integers first.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..packed import Layout
+
+_MOST_ROUNDS = 50
+_ROWS, _COLUMNS = 128, 512
+
+
+class IntMatmul:
+    """Symmetric int8 weights per channel, symmetric int8 inputs per token."""
+
+    name = "int8-matmul"
+    tolerance = 1e-4
+
+    def refusal(self, module: nn.Module, layout: Layout) -> str | None:
+        """Why it can't run a module, or None."""
+        inputs, weights = layout.scheme.input_activations, layout.weights
+        if inputs is None or (inputs.num_bits, inputs.strategy, inputs.dynamic) != (8, "token", True):
+            return "inputs are not quantized dynamically per token"
+        if (weights.num_bits, weights.strategy, weights.symmetric) != (8, "channel", True):
+            return "weights are not symmetric int8 per channel"
+        codes, scale = module.get_buffer("weight_packed"), module.get_buffer("weight_scale")
+        if codes.device.type != "cpu" or scale.dtype != torch.float32:
+            return "only float32 on the CPU"
+        return None if min(layout.shape) >= 8 and layout.shape[1] % 8 == 0 else "too small or not a multiple of 8"
+
+    def probe(self) -> str | None:
+        """Why it must not be used here, or None; measured once per process."""
+        return _probe()
+
+    def run(self, module: nn.Module, value: Tensor) -> Tensor:
+        """Quantize each token, multiply integers, scale back.
+
+        Args:
+            module: A packed linear module.
+            value: … × columns, float32.
+        """
+        codes, scale = module.get_buffer("weight_packed"), module.get_buffer("weight_scale")
+        output = int8_linear(value.reshape(-1, value.shape[-1]), codes, scale.view(-1), module.bias)
+        return output.view(*value.shape[:-1], codes.shape[0])
+
+
+@torch.no_grad()
+def int8_linear(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """compressed-tensors' dynamic per-token arithmetic with one integer product.
+
+    Args:
+        tokens: tokens × columns, float32.
+        codes: rows × columns, int8.
+        scale: rows, float32.
+        bias: rows, or None.
+
+    Returns:
+        tokens × rows, float32. A token's scale is absmax / 127.5, rounding is half to even, clamped at 127. A token
+        of zeros gives exactly the bias.
+    """
+    if tokens.numel() == 0:
+        return tokens.new_empty(len(tokens), len(codes))
+    grid = tokens.abs()
+    step = grid.amax(-1, keepdim=True).div_(127.5)
+    step.masked_fill_(step == 0, torch.finfo(torch.float32).eps)
+    torch.div(tokens, step, out=grid)
+    product = torch._int_mm(grid.round_().clamp_max_(127).to(torch.int8), codes.t())
+    output = product.to(torch.float32).mul_(scale)
+    return output.mul_(step) if bias is None else torch.addcmul(bias, output, step, out=output)
+
+
+@functools.cache
+def _probe() -> str | None:
+    """Exact on extreme codes, then faster than dequantizing and multiplying in float32."""
+    if not _exact():
+        return "torch._int_mm is not exact on this processor (no VNNI)"
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(_ROWS, _COLUMNS, generator=generator)
+    codes = torch.randint(-128, 128, (_COLUMNS, _COLUMNS), dtype=torch.int8, generator=generator)
+    scale = torch.full((_COLUMNS,), 0.01)
+    return _slower(
+        lambda: int8_linear(tokens, codes, scale, None),
+        lambda: functional.linear(tokens, codes.to(torch.float32) * scale.unsqueeze(-1)),
+    )
+
+
+def _slower(kernel: Callable[[], object], reference: Callable[[], object]) -> str | None:
+    """Why the kernel is not worth it, or None.
+
+    The fastest of interleaved rounds, as many as a busy machine needs until the kernel is clearly ahead.
+    """
+    fast = slow = float("inf")
+    for _ in range(_MOST_ROUNDS):
+        slow, fast = min(slow, _seconds(reference)), min(fast, _seconds(kernel))
+        if fast * 1.2 < slow:
+            return None
+    return f"slower than the reference here ({fast / slow:.1f} times its time)"
+
+
+def _exact() -> bool:
+    """Whether extreme codes give exact integer sums, for one and for many rows."""
+    for rows in (1, _ROWS):
+        for left, right in ((127, 127), (127, -128), (-128, -128)):
+            inputs = torch.full((rows, _COLUMNS), left, dtype=torch.int8)
+            weights = torch.full((_COLUMNS, 16), right, dtype=torch.int8).t().contiguous().t()
+            if not bool((torch._int_mm(inputs, weights) == left * right * _COLUMNS).all()):
+                return False
+    return True
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,105 @@
+"""A stand-in for a packed weight that costs nothing until its values are used.
+
+Reading only `weight.dtype` or `weight.shape` must not dequantize (T5 does so in every forward). Looking up rows
+of an embedding, or taking one expert of fused experts, dequantizes only these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .packed import PackedTensor
+
+_CHEAP = {
+    Tensor.shape.__get__,
+    Tensor.dtype.__get__,
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,
+    Tensor.layout.__get__,
+    Tensor.is_meta.__get__,
+    Tensor.is_cuda.__get__,
+    Tensor.is_sparse.__get__,
+    Tensor.is_quantized.__get__,
+    Tensor.requires_grad.__get__,
+    Tensor.grad_fn.__get__,
+    Tensor.is_leaf.__get__,
+    Tensor.itemsize.__get__,
+    Tensor.nbytes.__get__,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.__len__,
+}
+
+
+class LazyWeight(Tensor):
+    """A tensor without storage that dequantizes a packed weight when an operation needs its values."""
+
+    packed: PackedTensor
+
+    @staticmethod
+    def __new__(cls, packed: PackedTensor) -> LazyWeight:
+        """Shape, data type and device of the dense weight; no memory."""
+        made: LazyWeight = Tensor._make_wrapper_subclass(
+            cls, packed.layout.parameter_shape, dtype=packed.scale.dtype, device=packed.codes.device
+        )
+        made.packed = packed
+        return made
+
+    def __init__(self, packed: PackedTensor) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer questions about the form directly, look up rows in packed form, dequantize for the rest."""
+        options = dict(kwargs or {})
+        if func in _CHEAP:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **options)
+        if func is torch.nn.functional.embedding and isinstance(args[1], LazyWeight):
+            return args[1].packed.rows(args[0])
+        if func is Tensor.__getitem__ and isinstance(args[0], LazyWeight):
+            part = _expert(args[0].packed, args[1])
+            if part is not None:
+                return part
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*tree_map(dense, tuple(args)), **tree_map(dense, options))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The same for calls that come from below Python's torch functions."""
+        return func(*tree_map(dense, tuple(args)), **tree_map(dense, dict(kwargs or {})))
+
+
+def dense(value: Any) -> Any:
+    """The dense tensor of a `LazyWeight`; anything else unchanged."""
+    return value.packed.dense() if isinstance(value, LazyWeight) else value
+
+
+def _expert(packed: PackedTensor, index: object) -> Tensor | None:
+    """One expert of fused experts, or None when the index is something else."""
+    single = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point())
+    if len(packed.layout.shape) != 3 or not single or packed.layout.weights.strategy == "tensor":
+        return None
+    return packed.part(int(index)).dense()  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,160 @@
+"""One canonical layout for packed weights, and the arithmetic that turns it back.
+
+Codes of 8 bits are int8; fewer bits are packed densely into int32 words along the inputs, as compressed-tensors
+does (element i at bit position i × bits, little endian, offset binary). Dequantizing is compressed-tensors'
+arithmetic, `(codes - zero_point) * scale` in the scale's data type, so both give the same bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from math import ceil, prod
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from torch import Tensor
+
+from ..core.registry import Quantized
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static part of a packed weight.
+
+    Attributes:
+        shape: Canonical shape, … × rows × columns.
+        scheme: The compressed-tensors scheme.
+        transposed: Whether the module's own parameter has rows and columns swapped.
+    """
+
+    shape: tuple[int, ...]
+    scheme: QuantizationScheme
+    transposed: bool
+
+    @property
+    def weights(self) -> QuantizationArgs:
+        """The weight's grid."""
+        if self.scheme.weights is None:
+            raise ValueError("a packed weight always has weight arguments")
+        return self.scheme.weights
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of the dense parameter."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Layout:
+        return self
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A packed weight.
+
+    Attributes:
+        layout: Shape, scheme, orientation.
+        codes: int8 (… × rows × columns) for 8 bits, else int32 words (… × rows × ceil(columns · bits / 32)).
+        scale: Floating, per group, per row or for the tensor.
+        zero_point: int8 of the scale's shape, or None.
+    """
+
+    layout: Layout
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The dense parameter, in the scale's data type and the module's own orientation."""
+        weight = dequantize(self)
+        return weight.transpose(-1, -2) if self.layout.transposed else weight
+
+    def part(self, index: int | slice) -> PackedTensor:
+        """One expert of fused experts, or some of them."""
+        shape = self.layout.shape[1:] if isinstance(index, int) else (len(self.codes[index]), *self.layout.shape[1:])
+        zero_point = None if self.zero_point is None else self.zero_point[index]
+        return PackedTensor(replace(self.layout, shape=shape), self.codes[index], self.scale[index], zero_point)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Dequantized rows of a per-row weight, as an embedding looks them up; index of any shape."""
+        picked = replace(self.layout, shape=(index.numel(), self.layout.shape[-1]))
+        flat = index.reshape(-1)
+        zero_point = None if self.zero_point is None else self.zero_point[flat]
+        return dequantize(PackedTensor(picked, self.codes[flat], self.scale[flat], zero_point)).view(*index.shape, -1)
+
+
+def pack(quantized: Quantized, layout: Layout) -> PackedTensor:
+    """Put a method's result into the canonical layout."""
+    return PackedTensor(layout, pack_codes(quantized.codes, layout.weights.num_bits), quantized.scale, quantized.zero_point)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack int8 codes along the last dimension; 8 bits stay int8."""
+    return codes.contiguous() if bits == 8 else to_words(codes, bits)
+
+
+def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """int8 codes (… × columns) from packed ones."""
+    return packed if packed.dtype == torch.int8 else from_words(packed, bits, columns)
+
+
+def to_words(codes: Tensor, bits: int) -> Tensor:
+    """compressed-tensors' int32 words of int8 codes: … × columns → … × ceil(columns · bits / 32).
+
+    Bit widths that divide a byte take a path of byte operations, with the same result.
+    """
+    flat = codes.reshape(-1, codes.shape[-1])
+    if 8 % bits or sys.byteorder != "little":
+        words = pack_to_int32(flat, bits)
+    else:
+        per_byte = 8 // bits
+        padding = -codes.shape[-1] % (32 // bits)
+        unsigned = (flat + (1 << (bits - 1)) if bits < 8 else flat ^ -128).view(torch.uint8)
+        if padding:
+            unsigned = torch.nn.functional.pad(unsigned, (0, padding))
+        lanes = unsigned.view(flat.shape[0], -1, per_byte)
+        merged = lanes[..., 0].contiguous()
+        for lane in range(1, per_byte):
+            merged |= lanes[..., lane] << (lane * bits)
+        words = merged.view(torch.int32)
+    return words.view(*codes.shape[:-1], words.shape[-1])
+
+
+def from_words(words: Tensor, bits: int, columns: int) -> Tensor:
+    """int8 codes from compressed-tensors' int32 words; the inverse of `to_words`."""
+    flat = words.reshape(-1, words.shape[-1])
+    if 8 % bits or sys.byteorder != "little":
+        codes = unpack_from_int32(flat, bits, torch.Size((flat.shape[0], columns)))
+    else:
+        lanes = flat.contiguous().view(torch.uint8)
+        mask = (1 << bits) - 1
+        parts = [(lanes >> (lane * bits)) & mask for lane in range(8 // bits)]
+        joined = torch.stack(parts, dim=-1).flatten(-2)[:, :columns]
+        codes = joined.view(torch.int8) - (1 << (bits - 1)) if bits < 8 else (joined ^ 128).view(torch.int8)
+    return codes.view(*words.shape[:-1], columns)
+
+
+def dequantize(packed: PackedTensor) -> Tensor:
+    """Floating values in canonical orientation, `(codes - zero_point) * scale` in the scale's data type."""
+    columns = packed.layout.shape[-1]
+    values = unpack_codes(packed.codes, packed.layout.weights.num_bits, columns).to(packed.scale.dtype)
+    if packed.layout.weights.strategy != "group":
+        if packed.zero_point is not None:
+            values = values - packed.zero_point.to(values.dtype)
+        return values * packed.scale
+    grouped = values.unflatten(-1, (packed.scale.shape[-1], -1))
+    if packed.zero_point is not None:
+        grouped = grouped - packed.zero_point.to(values.dtype).unsqueeze(-1)
+    return (grouped * packed.scale.unsqueeze(-1)).flatten(-2)
+
+
+def words_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
+    """The shape of packed words."""
+    return (*shape[:-1], ceil(shape[-1] * bits / 32))
+
+
+def nbytes(packed: PackedTensor) -> int:
+    """Bytes of codes, scales and zero points."""
+    tensors = [packed.codes, packed.scale, *([] if packed.zero_point is None else [packed.zero_point])]
+    return sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors)

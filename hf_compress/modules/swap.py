@@ -1,0 +1,114 @@
+"""Packing in place by class swap.
+
+The module keeps its class as a base, so `isinstance(module, nn.Linear)` holds and PEFT and user code keep working.
+The parameter becomes packed buffers (`weight_packed`, `weight_scale`, `weight_zero_point`), and a property of the
+parameter's name gives the dense values on demand. The reference forward is the original forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import Tensor, nn
+
+from .kernels.protocol import Kernel
+from .lazy import LazyWeight
+from .packed import Layout, PackedTensor
+
+
+class PackedModule(nn.Module):
+    """Base of all swapped classes.
+
+    Attributes:
+        hfc_layouts: Layout of each packed parameter, by attribute name.
+        hfc_kernel: The kernel that replaces the reference forward, or None.
+    """
+
+    hfc_layouts: dict[str, Layout]
+    hfc_kernel: Kernel | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The chosen kernel, or the original forward on dequantized weights and, if planned, quantized inputs."""
+        kernel = self.hfc_kernel
+        if kernel is not None and not torch.compiler.is_compiling() and not kwargs and args[0].dtype == torch.float32:
+            return kernel.run(self, args[0])
+        inputs = self.hfc_layouts["weight"].scheme.input_activations if "weight" in self.hfc_layouts else None
+        if inputs is None:
+            return super().forward(*args, **kwargs)
+        value, *rest = args
+        scale, zero_point = compute_dynamic_scales_and_zp(value=value, args=inputs, module=self)
+        return super().forward(fake_quantize(value, scale, zero_point, inputs), *rest, **kwargs)
+
+
+def pack_module(module: nn.Module, name: str, packed: PackedTensor) -> None:
+    """Replace one parameter of a module by its packed form, in place.
+
+    Args:
+        module: The module; its class is swapped for a packed subclass.
+        name: Name of the parameter, such as `weight` or `gate_up_proj`.
+        packed: The packed weight.
+    """
+    del module._parameters[name]
+    if not isinstance(module, PackedModule):
+        module.hfc_layouts = {}
+        module.hfc_kernel = None
+    names = (*module.hfc_layouts, name)
+    module.__class__ = _packed_class(_original(type(module)), names)
+    module.hfc_layouts = {**module.hfc_layouts, name: packed.layout}
+    module.register_buffer(f"{name}_packed", packed.codes)
+    module.register_buffer(f"{name}_scale", packed.scale)
+    if packed.zero_point is not None:
+        module.register_buffer(f"{name}_zero_point", packed.zero_point)
+    module._is_hf_initialized = True
+
+
+def unpack_module(module: PackedModule) -> None:
+    """Turn a packed module back into its original class, with the dequantized values as parameters."""
+    for name in module.hfc_layouts:
+        value = packed_tensor(module, name).dense().contiguous()
+        for suffix in ("packed", "scale", "zero_point"):
+            module._buffers.pop(f"{name}_{suffix}", None)
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    module.__class__ = _original(type(module))
+    del module.hfc_layouts, module.hfc_kernel
+
+
+def packed_tensor(module: nn.Module, name: str) -> PackedTensor:
+    """The packed form of a module's parameter, as it is now (data type and device follow `.to`)."""
+    buffers = module._buffers
+    codes, scale = buffers[f"{name}_packed"], buffers[f"{name}_scale"]
+    if not isinstance(module, PackedModule) or codes is None or scale is None:
+        raise TypeError(f"{type(module).__name__}.{name} is not packed")
+    return PackedTensor(module.hfc_layouts[name], codes, scale, buffers.get(f"{name}_zero_point"))
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
+    """Paths and packed modules of a model."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, PackedModule))
+
+
+@functools.cache
+def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of `base` whose attributes `names` are packed."""
+    properties = {name: property(_reader(name)) for name in names}
+    return type(base.__name__, (PackedModule, base), {**properties, "hfc_base": base, "__module__": base.__module__})
+
+
+def _original(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class before packing."""
+    return vars(kind).get("hfc_base", kind)
+
+
+def _reader(name: str) -> Callable[[nn.Module], Tensor]:
+    """The getter of a packed parameter. A compiler sees plain arithmetic, eager code a lazy stand-in."""
+
+    def read(module: nn.Module) -> Tensor:
+        packed = packed_tensor(module, name)
+        return packed.dense() if torch.compiler.is_compiling() else LazyWeight(packed)
+
+    return read

@@ -1,0 +1,1 @@
+"""Drivers: plan, quantize, and what they share with the transformers plug-in."""

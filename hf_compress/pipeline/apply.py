@@ -1,0 +1,101 @@
+"""Carrying out a plan, one weight at a time: check, quantize, pack, measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..core.errors import WeightValueError
+from ..core.plan import Plan, PlanRow
+from ..core.registry import METHODS
+from ..formats.base import layout_of
+from ..modules.packed import PackedTensor, dequantize, pack
+
+Progress = Callable[[int, int], None]
+"""Called with the number of weights done and the number planned."""
+
+CHUNK = 1 << 20
+
+
+def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTensor, float | None]:
+    """Quantize and pack one weight.
+
+    Args:
+        row: Its row of the plan.
+        parameter: The dense parameter, in the module's own orientation.
+        method: Name of the method.
+
+    Returns:
+        The packed weight, and its signal-to-quantization-noise ratio in dB (None when exact).
+
+    Raises:
+        WeightValueError: It holds NaN or infinite values, or nothing.
+    """
+    layout = layout_of(row)
+    weight = parameter.detach().transpose(-1, -2).contiguous() if row.transposed else parameter.detach()
+    check_values(row.name, weight)
+    run = METHODS.get(method).quantize
+    if run is None:
+        raise ValueError(f"the method {method!r} packs nothing")
+    packed = pack(run(weight, layout.weights), layout)
+    return packed, sqnr_db(weight, packed)
+
+
+def check_values(name: str, weight: Tensor) -> None:
+    """Refuse weights that can't be quantized.
+
+    Raises:
+        WeightValueError: NaN, infinite or no values; names the weight and how many.
+    """
+    if weight.numel() == 0:
+        raise WeightValueError(f"{name} has no values (shape {tuple(weight.shape)}).", f'skip=["{name}"]')
+    low, high = torch.aminmax(weight)
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
+    nan, infinite = int(weight.isnan().sum()), int(weight.isinf().sum())
+    raise WeightValueError(
+        f"{name} holds {nan} NaN and {infinite} infinite values of {weight.numel()}. Nothing was changed.",
+        f'repair the checkpoint, or skip=["{name}"] to keep the weight as it is',
+    )
+
+
+def sqnr_db(weight: Tensor, packed: PackedTensor) -> float | None:
+    """Signal-to-quantization-noise ratio, 10·log10(Σw² / Σ(w - ŵ)²), accumulated in float64; None when exact.
+
+    Args:
+        weight: Canonical dense weight.
+        packed: Its packed form.
+    """
+    signal = noise = 0.0
+    for block, part in _blocks(weight, packed):
+        dense = block.double()
+        signal += float(dense.square().sum())
+        noise += float((dense - dequantize(part).double()).square().sum())
+    if noise == 0.0:
+        return None
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _blocks(weight: Tensor, packed: PackedTensor) -> list[tuple[Tensor, PackedTensor]]:
+    """Views of matching rows (or experts) of a weight and its packed form, about `CHUNK` values each."""
+    step = max(1, CHUNK // max(1, weight[0].numel()))
+    if packed.layout.weights.strategy == "tensor":
+        zero_point = packed.zero_point
+        parts = packed.codes.split(step)
+        shapes = (replace(packed.layout, shape=(len(part), *packed.layout.shape[1:])) for part in parts)
+        made = [
+            PackedTensor(layout, part, packed.scale, zero_point) for layout, part in zip(shapes, parts, strict=True)
+        ]
+    else:
+        made = [packed.part(slice(start, start + step)) for start in range(0, len(packed.codes), step)]
+    return list(zip(weight.split(step), made, strict=True))
+
+
+def with_results(plan: Plan, sqnr: Mapping[str, float | None]) -> Plan:
+    """The plan with measured noise per weight."""
+    rows = tuple(row.model_copy(update={"sqnr_db": sqnr.get(row.name)}) for row in plan.rows)
+    return plan.model_copy(update={"rows": rows})

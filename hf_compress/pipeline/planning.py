@@ -1,0 +1,143 @@
+"""Plans for a live model, or for an id or directory without reading its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..checkpoint.handover import plan_of
+from ..checkpoint.inputs import input_ranks
+from ..core.config import QuantConfig
+from ..core.errors import AlreadyQuantizedError, InputError, ModelNotFoundError, UnsupportedModelError
+from ..core.plan import DTYPES, Plan, build_plan, choose_format
+
+
+def plan(model_or_id: nn.Module | str | Path, config: QuantConfig) -> Plan:
+    """What would happen to every weight; reads no weights for an id or directory.
+
+    Args:
+        model_or_id: A live model, a Hub id or a directory.
+        config: The request.
+
+    Raises:
+        HFCompressError: The plan is refused; the code says why.
+        ModelNotFoundError: There is no such model.
+    """
+    model = model_or_id if isinstance(model_or_id, nn.Module) else meta_model(model_or_id)
+    return plan_model(model, config)
+
+
+def plan_model(model: nn.Module, config: QuantConfig) -> Plan:
+    """The plan for a model in memory or on meta."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"Expected a model, an id or a directory, got {type(model).__name__}.", "pass a transformers model"
+        )
+    if not isinstance(config, QuantConfig):
+        raise UnsupportedModelError(
+            f"Expected an hf_compress configuration, got {type(config).__name__}.", "for example RTNQuantConfig(bits=4)"
+        )
+    if plan_of(model) is not None or "quantization_config" in vars(vars(model).get("config", model)) and is_quantized(model):
+        raise AlreadyQuantizedError(
+            f"{type(model).__name__} is quantized already; quantizing twice would compound the error.",
+            "start from the original model",
+        )
+    drafted = build_plan(model, config, _ranks(model, config))
+    if drafted.format != "compressed-tensors" or not _breaks_stock_init(model, drafted):
+        return drafted
+    redrafted = drafted.model_copy(update={"stock_dequantize": True})
+    return redrafted.model_copy(update={"format": choose_format(redrafted, config.fields.format)})
+
+
+def _breaks_stock_init(model: nn.Module, plan: Plan) -> bool:
+    """Whether stock loading would fail because the architecture initialises layers through `layer.weight`.
+
+    Stock compressed-tensors removes the parameter of packed layers before transformers initialises what the
+    checkpoint lacks. T5, for one, then reads `self.wi.weight`. Probed on a copy without memory.
+    """
+    packed = {row.module for row in plan.quantized if row.quantization and row.quantization.format == "pack-quantized"}
+    if not packed or not isinstance(model, PreTrainedModel):
+        return False
+    with torch.device("meta"):
+        probe = type(model)(model.config)
+    for path, module in probe.named_modules():
+        if path in packed:
+            module._parameters.pop("weight", None)
+    kinds = {type(module): module for module in probe.modules()}
+    try:
+        for module in kinds.values():
+            probe._init_weights(module)
+    except AttributeError:
+        return True
+    return False
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether transformers has quantized this model before."""
+    return vars(model).get("hf_quantizer") is not None
+
+
+def _ranks(model: nn.Module, config: QuantConfig) -> dict[str, set[int]] | None:
+    """Input ranks of linears, where the method's scheme depends on them; None when they can't be traced."""
+    if not config.spec.quantizes_activations or not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        return input_ranks(model)
+    except InputError:
+        return None
+
+
+def meta_model(model_id: str | Path) -> PreTrainedModel:
+    """A model of the right class and data type on the meta device.
+
+    Raises:
+        ModelNotFoundError: There is no such id or directory, or it has no config.
+        UnsupportedModelError: transformers has no such architecture.
+        AlreadyQuantizedError: The checkpoint is quantized.
+    """
+    config = model_config(model_id)
+    architecture = model_class(config, model_id)
+    with torch.device("meta"):
+        model = architecture(config)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else DTYPES.get(str(config.dtype), torch.float32)
+    return model.to(dtype)
+
+
+def model_config(model_id: str | Path) -> PreTrainedConfig:
+    """The config of an id or directory.
+
+    Raises:
+        ModelNotFoundError: There is none.
+        AlreadyQuantizedError: It says that the checkpoint is quantized.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_id)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"No model config at {str(model_id)!r}: {str(error).splitlines()[0]}",
+            "check the spelling; a directory needs a config.json with a known model_type",
+        ) from None
+    if vars(config).get("quantization_config"):
+        raise AlreadyQuantizedError(f"{str(model_id)!r} is quantized already.", "start from the original model")
+    return config
+
+
+def model_class(config: PreTrainedConfig, model_id: str | Path) -> type[PreTrainedModel]:
+    """The class named in the config.
+
+    Raises:
+        UnsupportedModelError: There is none, or transformers doesn't have it.
+    """
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"The config of {str(model_id)!r} names {names or 'no architecture'}, which transformers "
+            f"{transformers.__version__} does not have.",
+            "load the model yourself and pass it instead of its id",
+        )
+    return kind
