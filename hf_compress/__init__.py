@@ -1,9 +1,85 @@
-"""hf_compress"""
-from .integrations.transformers import register
-register()
-from .methods.rtn import RTNQuantConfig
-from .methods.int8_dynamic import Int8DynamicQuantConfig
-from .methods.cast import CastConfig
-from .pipeline.quantize import quantize
-from .pipeline.planning import plan
-from .checkpoint.load import load_packed
+"""Compress any Hugging Face model, prove what it cost, ship it anywhere.
+
+Importing this package registers one quantizer with transformers, so that `from_pretrained` understands the
+configurations below. Everything else is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .integrations.transformers import register as _register
+
+if TYPE_CHECKING:
+    from .checkpoint.save import load, save, verify
+    from .core.config import QuantConfig, Rule
+    from .core.errors import HFCompressError
+    from .core.plan import Plan
+    from .evaluation.report import Report, evaluate
+    from .methods.cast import CastConfig
+    from .methods.int8_dynamic import Int8DynamicQuantConfig
+    from .methods.rtn import RTNQuantConfig
+    from .pipeline.inspect import inspect
+    from .pipeline.optimize import optimize_for_inference
+    from .pipeline.planning import plan
+    from .pipeline.preflight import preflight
+    from .pipeline.quantize import quantize
+
+_WHERE = {
+    "CastConfig": "methods.cast",
+    "HFCompressError": "core.errors",
+    "Int8DynamicQuantConfig": "methods.int8_dynamic",
+    "Plan": "core.plan",
+    "QuantConfig": "core.config",
+    "RTNQuantConfig": "methods.rtn",
+    "Report": "evaluation.report",
+    "Rule": "core.config",
+    "evaluate": "evaluation.report",
+    "inspect": "pipeline.inspect",
+    "load": "checkpoint.save",
+    "optimize_for_inference": "pipeline.optimize",
+    "plan": "pipeline.planning",
+    "preflight": "pipeline.preflight",
+    "quantize": "pipeline.quantize",
+    "save": "checkpoint.save",
+    "verify": "checkpoint.save",
+}
+
+__all__ = [
+    "CastConfig",
+    "HFCompressError",
+    "Int8DynamicQuantConfig",
+    "Plan",
+    "QuantConfig",
+    "RTNQuantConfig",
+    "Report",
+    "Rule",
+    "__version__",
+    "evaluate",
+    "inspect",
+    "load",
+    "optimize_for_inference",
+    "plan",
+    "preflight",
+    "quantize",
+    "save",
+    "verify",
+]
+
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """All public names."""
+    return sorted(__all__)

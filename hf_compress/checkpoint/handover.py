@@ -18,10 +18,13 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
+from ..core.errors import UnsupportedModelError
 from ..core.plan import Plan
 from ..formats.base import encode_model, format_of
 from ..modules.swap import packed_modules, unpack_module
 from .record import KEY, record_of
+
+_PLAN = "hfc_plan"
 
 
 class NativeConfig(CompressedTensorsConfig):
@@ -52,12 +55,12 @@ class GuardedConfig(QuantizationConfigMixin):
 class _Packed:
     """What our native quantizers share: saving through the format, and no claim to be trainable."""
 
-    plan: Plan
-
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors and metadata that `save_pretrained` writes."""
-        record = record_of(model, self.plan)
-        return encode_model(model, self.plan, format_of(self.plan)), {KEY: record.model_dump_json()}
+        plan = plan_of(model)
+        if plan is None:
+            raise UnsupportedModelError(f"{type(model).__name__} has lost its plan.", "quantize it again")
+        return encode_model(model, plan, format_of(plan)), {KEY: record_of(model, plan).model_dump_json()}
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -82,23 +85,16 @@ class _Packed:
         """`model.dequantize()`: back to dense parameters."""
         for _, module in list(packed_modules(model)):
             unpack_module(module)
+        vars(model).pop(_PLAN, None)
         return model if dtype is None else model.to(dtype)
 
 
 class NativeQuantizer(_Packed, CompressedTensorsHfQuantizer):  # type: ignore[misc]
     """transformers' own compressed-tensors quantizer, saving through our format."""
 
-    def __init__(self, config: NativeConfig, plan: Plan) -> None:
-        super().__init__(config, pre_quantized=True)
-        self.plan = plan
-
 
 class GuardedQuantizer(_Packed, HfQuantizer):  # type: ignore[misc]
     """The quantizer of models that only this package can read."""
-
-    def __init__(self, config: GuardedConfig, plan: Plan) -> None:
-        super().__init__(config, pre_quantized=True)
-        self.plan = plan
 
 
 class GuardedSave(PreTrainedModel):
@@ -116,21 +112,22 @@ class GuardedSave(PreTrainedModel):
 
 
 def hand_over(model: nn.Module, plan: Plan) -> None:
-    """Give a packed model its native quantizer and config.
+    """Give a packed model its plan, and its native quantizer and config.
 
     Args:
-        model: The model, packed according to the plan. Plain modules have no config and stay as they are.
+        model: The model, packed according to the plan. Plain modules have no config and get only the plan.
         plan: The plan as carried out.
     """
+    vars(model)[_PLAN] = plan
     if not isinstance(model, PreTrainedModel):
         return
     values = format_of(plan).quantization_config(plan)
-    quantizer: HfQuantizer
+    quantizer: NativeQuantizer | GuardedQuantizer
     if plan.format == "guarded":
-        quantizer = GuardedQuantizer(GuardedConfig(**values), plan)
+        quantizer = GuardedQuantizer(GuardedConfig(**values))
         model.__class__ = _guarded_class(type(model))
     elif plan.format == "compressed-tensors":
-        quantizer = NativeQuantizer(NativeConfig.from_dict(values), plan)
+        quantizer = NativeQuantizer(NativeConfig.from_dict(values), pre_quantized=True)
     else:
         _forget_quantization(model)
         return
@@ -142,9 +139,9 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """The plan of a model that this package quantized, or None."""
-    quantizer = vars(model).get("hf_quantizer")
-    return quantizer.plan if isinstance(quantizer, _Packed) else None
+    """The plan of a model that this package compressed, or None."""
+    found = vars(model).get(_PLAN)
+    return found if isinstance(found, Plan) else None
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -153,6 +150,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         vars(model).pop(name, None)
     if "quantization_config" in vars(model.config):
         del model.config.quantization_config
+    model.config._is_quantized = False
     model.is_quantized = False
 
 

@@ -68,7 +68,7 @@ def load_packed(path: Path) -> PreTrainedModel:
     record = read_record(path)
     config, architecture = _config(path)
     tensors = read_tensors(path)
-    packed = _packed_keys(record.plan, tensors)
+    packed = _packed_keys(tensors) if record.plan.quantized else set()
     placeholder = torch.empty(0)
     state = {key: value for key, value in tensors.items() if key not in packed}
     state |= dict.fromkeys((row.key for row in record.plan.quantized), placeholder)
@@ -116,15 +116,16 @@ def _config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     return config, kind
 
 
-def _packed_keys(plan: Plan, tensors: Mapping[str, Tensor]) -> set[str]:
+def _packed_keys(tensors: Mapping[str, Tensor]) -> set[str]:
     """Names on disk that belong to packed weights.
 
-    A name on disk may differ from the module's by transformers' renames, so names are compared by their ends.
+    Told by the tensors themselves: names on disk may differ from the plan's by transformers' renames, and a model
+    may have parameters of its own that end in `_scale`.
     """
-    layout = format_of(plan)
-    wanted = {key for row in plan.quantized for key in layout.keys(row)}
-    suffixes = ("_packed", "_scale", "_shape", "_zero_point")
-    return {key for key in tensors if key in wanted or key.endswith(suffixes)}
+    codes = {key for key, value in tensors.items() if value.dtype in (torch.int8, torch.int32)}
+    bases = {key.removesuffix("_packed") for key in codes}
+    sides = {f"{base}_{side}" for base in bases for side in ("scale", "shape", "zero_point")}
+    return codes | (sides & set(tensors))
 
 
 def _renamed(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def plan_model(model: nn.Module, config: QuantConfig) -> Plan:
         raise UnsupportedModelError(
             f"Expected an hf_compress configuration, got {type(config).__name__}.", "for example RTNQuantConfig(bits=4)"
         )
-    if plan_of(model) is not None or "quantization_config" in vars(vars(model).get("config", model)) and is_quantized(model):
+    if is_quantized(model):
         raise AlreadyQuantizedError(
             f"{type(model).__name__} is quantized already; quantizing twice would compound the error.",
             "start from the original model",
@@ -77,8 +77,9 @@ def _breaks_stock_init(model: nn.Module, plan: Plan) -> bool:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether transformers has quantized this model before."""
-    return vars(model).get("hf_quantizer") is not None
+    """Whether this package or transformers has quantized this model before; a cast does not count."""
+    before = plan_of(model)
+    return bool(before and before.quantized) or vars(model).get("hf_quantizer") is not None
 
 
 def _ranks(model: nn.Module, config: QuantConfig) -> dict[str, set[int]] | None:

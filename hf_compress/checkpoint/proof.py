@@ -1,0 +1,295 @@
+"""Proof of save: what was written reloads, in a process without us, to the same outputs, or saving fails.
+
+Levels: *full* reloads the whole model with stock transformers in a clean process (a guarded checkpoint must be
+refused there, and our reader must agree). *truncated* is for models that don't fit twice: a stock key check, the
+outputs of the model cut to its first and last two blocks, and every tensor compared. *own-reader* is for formats
+whose stock reader isn't installed; `hf_compress.verify` raises the level where it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.errors import CorruptCheckpointError, ProofError, listed
+from ..core.plan import Plan
+from ..formats.base import CheckpointFormat, encode_model, format_of
+from ..modules.kernels.choose import reference_kernels
+from .inputs import InputSet, example_inputs
+from .load import load_packed, read_tensors
+from .proof_worker import run_inputs
+from .record import FILE, Check, Proof
+from .truncate import truncate
+from .worker import CleanWorker
+
+ACTIVATION_LIMIT = 1e-5
+"""Relative limit for quantized inputs: rounding at run time may differ by accumulation order."""
+
+HEADROOM = 1.3
+"""A full proof needs this many times the dense bytes free."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is proven.
+
+    Attributes:
+        path: The checkpoint directory.
+        plan: Its plan.
+        model: The reference: the model that was saved, or what our own reader makes of the checkpoint.
+        inputs: Forward arguments.
+        worker: The clean process.
+        free_bytes: Memory that a full proof may use.
+    """
+
+    path: Path
+    plan: Plan
+    model: PreTrainedModel
+    inputs: Sequence[InputSet]
+    worker: CleanWorker
+    free_bytes: int
+
+    @property
+    def layout(self) -> CheckpointFormat:
+        """The checkpoint's format."""
+        return format_of(self.plan)
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class."""
+        return type(self.model).__name__
+
+    @property
+    def limit(self) -> float:
+        """Relative limit on differences of outputs: bit-equal unless inputs are quantized."""
+        schemes = (row.quantization for row in self.plan.quantized)
+        return ACTIVATION_LIMIT if any(scheme and scheme.input_activations for scheme in schemes) else 0.0
+
+
+def prove(
+    path: Path,
+    plan: Plan,
+    model: PreTrainedModel,
+    *,
+    worker: CleanWorker,
+    inputs: Sequence[InputSet] | None = None,
+    free_bytes: int | None = None,
+) -> Proof:
+    """Prove a checkpoint against a model.
+
+    Args:
+        path: The checkpoint directory.
+        plan: Its plan.
+        model: The model that was saved. On another device than the CPU, our own reader's copy stands in for it.
+        worker: The clean process.
+        inputs: Forward arguments; made from the model's signature by default.
+        free_bytes: Memory that may be used; what the system has free by default.
+
+    Raises:
+        ProofError: The checkpoint does not reload to the same outputs; says what differs.
+        InputError: No inputs can be made for this model.
+    """
+    reference = model if model.device.type == "cpu" else load_packed(path)
+    made = inputs if inputs is not None else example_inputs(reference)
+    free = psutil.virtual_memory().available if free_bytes is None else free_bytes
+    subject = Subject(path, plan, reference, made, worker, free)
+    proof = _prove(subject)
+    return proof.model_copy(update={"files": file_hashes(path)})
+
+
+def _prove(subject: Subject) -> Proof:
+    """Choose the level and run it."""
+    reader = subject.layout.stock_reader
+    if reader is None:
+        return _guarded(subject)
+    if not subject.worker.request("has", package=reader).get("importable"):
+        return _own_reader(
+            subject, f"the stock reader {reader!r} is not installed; with it, hf-compress verify raises the level"
+        )
+    if dense_bytes(subject.plan, subject.model) * HEADROOM > subject.free_bytes:
+        return _truncated(subject)
+    return _full(subject)
+
+
+def _full(subject: Subject) -> Proof:
+    """Stock reload of the whole model in the clean process."""
+    answer, outputs = _stock_forward(subject, subject.path, subject.inputs)
+    checks = compare(_reference(subject.model, subject.inputs), outputs, subject.limit)
+    resident = (int(answer["resident_bytes_before"]), int(answer["resident_bytes_after"]))
+    return Proof(level="full", reader=_reader(answer), checks=checks, resident_bytes=resident)
+
+
+def _guarded(subject: Subject) -> Proof:
+    """Stock must refuse the checkpoint, and our reader must agree with the model."""
+    answer = _checked(subject.worker.request("raises", path=subject.path, architecture=subject.architecture))
+    if answer["exception"] is None:
+        raise ProofError("Stock transformers loads a guarded checkpoint without an error.", "report this")
+    checks = compare(
+        _reference(subject.model, subject.inputs), _reference(load_packed(subject.path), subject.inputs), 0.0
+    )
+    reason = f"guarded: stock transformers refuses it ({answer['exception']}), hf_compress.load reads it"
+    return Proof(level="full", reason=reason, reader=f"hf_compress; stock: {answer['exception']}", checks=checks)
+
+
+def _own_reader(subject: Subject, reason: str) -> Proof:
+    """Our own reader in this process, and every tensor compared."""
+    loaded = _reference(load_packed(subject.path), subject.inputs)
+    checks = compare(_reference(subject.model, subject.inputs), loaded, 0.0)
+    return Proof(level="own-reader", reason=reason, reader="hf_compress", checks=(*checks, _tensor_check(subject)))
+
+
+def _truncated(subject: Subject) -> Proof:
+    """Stock key check, outputs of the first and last two blocks, every tensor compared."""
+    answer = _checked(subject.worker.request("keys", path=subject.path, architecture=subject.architecture))
+    _check_keys(answer)
+    with tempfile.TemporaryDirectory(prefix=f".{subject.path.name}-cut-", dir=subject.path.parent) as folder:
+        cut = Path(folder) / "model"
+        if not truncate(subject.path, cut, subject.model):
+            return _own_reader(subject, "too large to load twice, and its blocks could not be told apart")
+        answer, outputs = _stock_forward(subject, cut, subject.inputs)
+        checks = compare(_reference(load_packed(cut), subject.inputs), outputs, subject.limit)
+    reason = "the dense model does not fit into memory; proven on its first and last two blocks, all tensors compared"
+    return Proof(level="truncated", reason=reason, reader=_reader(answer), checks=(*checks, _tensor_check(subject)))
+
+
+def dense_bytes(plan: Plan, model: nn.Module) -> int:
+    """Bytes of the dense model that a stock reload holds after its first forward."""
+    quantized = sum(row.dense_bytes for row in plan.quantized)
+    return quantized + sum(value.numel() * value.element_size() for value in model.parameters())
+
+
+def compare(reference: Mapping[str, Tensor], found: Mapping[str, Tensor], limit: float) -> tuple[Check, ...]:
+    """Compare outputs by name.
+
+    Raises:
+        ProofError: An output is missing or differs by more than the limit.
+    """
+    missing = sorted(set(reference) - set(found))
+    if missing:
+        raise ProofError(f"The reload gives no {listed(missing)}.", "report this with the model's config")
+    checks = tuple(_check(name, value, found[name], limit) for name, value in sorted(reference.items()))
+    failed = [check for check in checks if not check.relative <= limit]
+    if failed:
+        worst = max(failed, key=lambda check: check.relative)
+        raise ProofError(
+            f"The reload differs: {worst.name} by {worst.difference:.3g} (relative {worst.relative:.3g}, limit "
+            f"{limit:g}); {len(failed)} of {len(checks)} outputs are off. Nothing was written.",
+            'try format="guarded", and report this with the model\'s config',
+        )
+    return checks
+
+
+def _check(name: str, value: Tensor, found: Tensor, limit: float) -> Check:
+    """One comparison; NaN equals NaN in the same place, other shapes are infinitely far."""
+    if value.shape != found.shape:
+        return Check(name=name, difference=float("inf"), relative=float("inf"), limit=limit)
+    left, right = value.double(), found.double()
+    same = (left == right) | (left.isnan() & right.isnan())
+    difference = float(torch.where(same, 0.0, (left - right).abs().nan_to_num(nan=float("inf"))).max()) if len(left) else 0.0
+    largest = float(left.abs().nan_to_num(nan=0.0, posinf=0.0).max()) if len(left) else 0.0
+    relative = 0.0 if difference == 0 else difference / largest if largest else float("inf")
+    return Check(name=name, difference=difference, relative=relative, limit=limit)
+
+
+def _reference(model: PreTrainedModel, inputs: Sequence[InputSet]) -> dict[str, Tensor]:
+    """Outputs on the reference path, in evaluation mode."""
+    training = model.training
+    with reference_kernels(model):
+        try:
+            return run_inputs(model.eval(), list(inputs))
+        finally:
+            model.train(training)
+
+
+def _stock_forward(
+    subject: Subject, path: Path, inputs: Sequence[InputSet]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Load with stock transformers in the clean process and run the inputs."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder) / "inputs.safetensors", Path(folder) / "outputs.safetensors"
+        tensors = {f"{index}.{name}": value for index, one in enumerate(inputs) for name, value in one.items()}
+        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, given)
+        answer = _checked(
+            subject.worker.request(
+                "forward",
+                path=path,
+                architecture=subject.architecture,
+                inputs=given,
+                output=result,
+                attn_implementation=subject.model.config._attn_implementation,
+            )
+        )
+        _check_keys(answer)
+        return answer, load_file(result)
+
+
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer, unless the request failed in the clean process."""
+    if "error" in answer:
+        raise ProofError(
+            f"Stock transformers fails on what was written: {answer['error']}: {answer['message']}. "
+            "Nothing was written.",
+            'try format="guarded", and report this with the model\'s config',
+        )
+    return answer
+
+
+def _check_keys(answer: Mapping[str, Any]) -> None:
+    """No key may be missing, unexpected or of another shape."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if answer[kind]:
+            raise ProofError(
+                f"Stock transformers reports {kind.replace('_', ' ')}: {listed(answer[kind])}. Nothing was written.",
+                "report this with the model's config",
+            )
+
+
+def _reader(answer: Mapping[str, Any]) -> str:
+    """What reloaded the checkpoint."""
+    return f"transformers {answer['versions'].get('transformers', transformers.__version__)}"
+
+
+def _tensor_check(subject: Subject) -> Check:
+    """Re-read every tensor and compare it with the model in memory."""
+    expected = encode_model(subject.model, subject.plan, subject.layout)
+    written = read_tensors(subject.path)
+    common = [name for name in expected if name in written]
+    wrong = [name for name in common if not torch.equal(expected[name].cpu(), written[name])]
+    if wrong or not common:
+        raise ProofError(f"Tensors differ on disk: {listed(wrong)}. Nothing was written.", "check the disk and save again")
+    return Check(name=f"{len(common)} tensors re-read", difference=0.0, relative=0.0, limit=0.0)
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint but the record."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != FILE)
+    return {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_files(path: Path, recorded: Mapping[str, str]) -> None:
+    """Compare a checkpoint's files with what was proven.
+
+    Raises:
+        CorruptCheckpointError: A file is missing or was changed.
+    """
+    now = {name: digest for name, digest in file_hashes(path).items() if name in recorded}
+    changed = [name for name, digest in recorded.items() if now.get(name) != digest]
+    if changed:
+        raise CorruptCheckpointError(f"Changed since they were proven: {listed(changed)} in {path}.", "save the model again")

@@ -1,0 +1,152 @@
+"""`hf_compress.save` and `hf_compress.verify`: atomic, proven by reload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.errors import ConfigError, UnsupportedModelError
+from .atomic import atomic_directory, check_output, disk_errors, ensure_space, recover
+from .handover import plan_of
+from .inputs import InputSet, normalise_inputs
+from .load import load_packed
+from .proof import check_files, prove
+from .record import FILE, Proof, Record, read_record, record_of
+from .worker import CleanWorker
+
+
+class Saveable(Protocol):
+    """A tokenizer, processor or anything else that saves itself into a directory."""
+
+    def save_pretrained(self, save_directory: str | Path) -> Any:
+        """Write its files."""
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Saveable | None = None,
+    overwrite: bool = False,
+    *,
+    inputs: Sequence[InputSet] | None = None,
+    worker: CleanWorker | None = None,
+    free_bytes: int | None = None,
+) -> Proof:
+    """Write a compressed model, prove that it reloads to the same outputs, then put it in place.
+
+    The output appears only when it is proven. After a kill at any moment it is old, new, or absent with `.NAME.old`
+    beside it, which the next save or load restores.
+
+    Args:
+        model: A model that this package compressed.
+        path: Output directory.
+        tokenizer: Tokenizer or processor to save beside the model.
+        overwrite: Replace an existing checkpoint.
+        inputs: Forward arguments for the proof; made from the model's signature by default.
+        worker: A clean process to reuse; started for this call by default.
+        free_bytes: Memory that the proof may use; what the system has free by default.
+
+    Returns:
+        The proof, which is also in `hf_compress.json`.
+
+    Raises:
+        ProofError: It does not reload to the same outputs. Nothing is left behind.
+        OutputExistsError, WriteError, UnsupportedModelError, ConfigError: As their names say.
+    """
+    target = Path(path)
+    plan = plan_of(model)
+    if not isinstance(model, PreTrainedModel) or plan is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} was not compressed by hf_compress.",
+            "compress it with hf_compress.quantize, or use its own save_pretrained",
+        )
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}, which can't be saved.", "pass a tokenizer object")
+    given = None if inputs is None else normalise_inputs(inputs, model)
+    recover(target)
+    check_output(target, overwrite)
+    ensure_space(target, _expected_bytes(model))
+    with _worker(worker) as clean, atomic_directory(target, overwrite) as temporary, disk_errors(target):
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _make_readable(temporary)
+        proof = prove(temporary, plan, model, worker=clean, inputs=given, free_bytes=free_bytes)
+        _write_record(temporary, record_of(model, plan).model_copy(update={"proof": proof}))
+    return proof
+
+
+def verify(
+    path: str | Path, *, worker: CleanWorker | None = None, inputs: Sequence[InputSet] | None = None
+) -> Proof:
+    """Prove a checkpoint again, or for the first time, and record the level reached.
+
+    Our own reader's model is the reference; files are compared with their recorded hashes.
+
+    Args:
+        path: A checkpoint directory that this package wrote, proven or not.
+        worker: A clean process to reuse; started for this call by default.
+        inputs: Forward arguments; made from the model's signature by default.
+
+    Raises:
+        ProofError: Stock transformers and our reader disagree, or stock refuses it.
+        CorruptCheckpointError: Files are damaged or were changed since they were proven.
+        CheckpointNotFoundError: There is no checkpoint of ours.
+    """
+    source = Path(path)
+    recover(source)
+    record = read_record(source)
+    check_files(source, record.proof.files)
+    model = load_packed(source)
+    given = None if inputs is None else normalise_inputs(inputs, model)
+    with _worker(worker) as clean:
+        proof = prove(source, record.plan, model, worker=clean, inputs=given)
+    with disk_errors(source):
+        _write_record(source, record.model_copy(update={"proof": proof}))
+    return proof
+
+
+def load(path: str | Path) -> PreTrainedModel:
+    """Load a checkpoint that this package wrote, kept packed, with the fastest kernels that this machine has.
+
+    Args:
+        path: The checkpoint directory, stock format or guarded.
+
+    Raises:
+        CheckpointNotFoundError: There is no checkpoint of ours.
+        CorruptCheckpointError: It is damaged or inconsistent.
+    """
+    source = Path(path)
+    recover(source)
+    return load_packed(source)
+
+
+def _worker(given: CleanWorker | None) -> Any:
+    """The worker given, left running, or a new one that is closed at the end."""
+    return CleanWorker() if given is None else nullcontext(given)
+
+
+def _expected_bytes(model: nn.Module) -> int:
+    """What the weights will need on disk."""
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def _make_readable(folder: Path) -> None:
+    """Give weights the mode of the config: safetensors writes files that only the owner can read."""
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
+
+
+def _write_record(folder: Path, record: Record) -> None:
+    """Write `hf_compress.json` in one step."""
+    temporary = folder / f".{FILE}.tmp"
+    temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / FILE)
+
+

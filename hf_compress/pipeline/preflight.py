@@ -1,0 +1,92 @@
+"""Preflight: what a request would cost, from the meta device, before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from ..checkpoint.proof import HEADROOM
+from ..core.config import QuantConfig
+from ..core.plan import Plan
+from .planning import meta_model, plan_model
+
+WORKING_COPIES = 3
+"""Copies of the largest weight that quantizing needs for a moment: the weight, its rounding, its codes."""
+
+
+class Preflight(BaseModel):
+    """What a request would cost.
+
+    Attributes:
+        plan: The resolved plan.
+        bytes_before: Bytes of all parameters now.
+        bytes_after: Bytes of all parameters once the plan is carried out; about the size of the weights on disk.
+        peak_bytes: Memory that quantizing needs beyond the checkpoint's mapped files.
+        proof_bytes: Memory that a full proof needs; with less, `hf_compress.save` proves the truncated level.
+        free_bytes: Memory that the system has free.
+        notes: Remarks that a user should read.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: Plan
+    bytes_before: int
+    bytes_after: int
+    peak_bytes: int
+    proof_bytes: int
+    free_bytes: int
+    notes: tuple[str, ...]
+
+
+def preflight(model_or_id: nn.Module | str | Path, config: QuantConfig) -> Preflight:
+    """Plan a request and say what it would cost; reads no weights for an id or directory.
+
+    Args:
+        model_or_id: A live model, a Hub id or a directory.
+        config: The request.
+
+    Raises:
+        HFCompressError: The plan is refused; the code says why.
+    """
+    live = isinstance(model_or_id, nn.Module)
+    model = model_or_id if isinstance(model_or_id, nn.Module) else meta_model(model_or_id)
+    plan = plan_model(model, config)
+    rest = sum(value.numel() * value.element_size() for value in model.parameters()) - sum(
+        row.dense_bytes for row in plan.rows
+    )
+    before = sum(row.dense_bytes for row in plan.rows) + rest
+    packed = sum(row.planned_bytes for row in plan.quantized)
+    largest = max((row.dense_bytes for row in plan.quantized), default=0)
+    after = sum(row.planned_bytes for row in plan.rows) + (rest if plan.quantized else _cast_rest(plan, rest))
+    peak = packed + WORKING_COPIES * largest if plan.quantized else after
+    return Preflight(
+        plan=plan,
+        bytes_before=before,
+        bytes_after=after,
+        peak_bytes=peak,
+        proof_bytes=int(before * HEADROOM),
+        free_bytes=psutil.virtual_memory().available,
+        notes=(*plan.notes, *_notes(plan, peak, before, live)),
+    )
+
+
+def _cast_rest(plan: Plan, rest: int) -> int:
+    """Bytes of one-dimensional parameters after a cast."""
+    dense = sum(row.dense_bytes for row in plan.rows)
+    return rest * sum(row.planned_bytes for row in plan.rows) // dense if dense else rest
+
+
+def _notes(plan: Plan, peak: int, before: int, live: bool) -> list[str]:
+    """What a user should know before starting."""
+    free = psutil.virtual_memory().available
+    notes = ["a live model holds the dense weights; from an id or directory they are never all in memory"] if live else []
+    if peak > free:
+        notes.append(f"needs about {peak / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
+    if before * HEADROOM > free:
+        notes.append("the dense model does not fit into memory: the proof will be truncated")
+    if plan.format == "guarded":
+        notes.append("no stock format holds this plan: only hf_compress.load will read the checkpoint")
+    return notes
