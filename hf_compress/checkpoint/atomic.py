@@ -58,17 +58,13 @@ def check_output(path: Path, overwrite: bool = False) -> Path:
     """
     target = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
     if target.is_symlink():
-        raise OutputExistsError(
-            f"{target} is a link to {target.resolve()}.", f"save to {target.resolve()} itself."
-        )
+        raise OutputExistsError(f"{target} is a link to {target.resolve()}.", f"save to {target.resolve()} itself.")
     if not target.exists():
         return target
     if not target.is_dir():
         raise OutputExistsError(f"{target} is a file.", "choose another path, or move the file away.")
     if target.is_mount():
-        raise WriteError(
-            f"{target} is a mount point; nothing can be moved onto it.", f"save to {target / 'model'}."
-        )
+        raise WriteError(f"{target} is a mount point; nothing can be moved onto it.", f"save to {target / 'model'}.")
     if _is_empty(target):
         return target
     if not overwrite:

@@ -89,11 +89,11 @@ class _Packed:
         return model if dtype is None else model.to(dtype)
 
 
-class NativeQuantizer(_Packed, CompressedTensorsHfQuantizer):  # type: ignore[misc]
+class NativeQuantizer(_Packed, CompressedTensorsHfQuantizer):
     """transformers' own compressed-tensors quantizer, saving through our format."""
 
 
-class GuardedQuantizer(_Packed, HfQuantizer):  # type: ignore[misc]
+class GuardedQuantizer(_Packed, HfQuantizer):
     """The quantizer of models that only this package can read."""
 
 
@@ -125,7 +125,7 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
     quantizer: NativeQuantizer | GuardedQuantizer
     if plan.format == "guarded":
         quantizer = GuardedQuantizer(GuardedConfig(**values))
-        model.__class__ = _guarded_class(type(model))
+        model.__class__ = _guarded_class(type(model))  # type: ignore[arg-type] # nn.Module is hashable
     elif plan.format == "compressed-tensors":
         quantizer = NativeQuantizer(NativeConfig.from_dict(values), pre_quantized=True)
     else:

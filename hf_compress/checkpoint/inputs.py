@@ -45,9 +45,7 @@ _PLACEHOLDERS = (
     "audio_token_index",
     "video_token_id",
 )
-_GIVE_INPUTS = (
-    "pass inputs=[tokenizer(..., return_tensors='pt')], a list of dicts of tensors for `model.forward`."
-)
+_GIVE_INPUTS = "pass inputs=[tokenizer(..., return_tensors='pt')], a list of dicts of tensors for `model.forward`."
 
 # What a forward pass raises when its arguments don't fit the model.
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -93,15 +91,11 @@ def normalise_inputs(inputs: object, model: PreTrainedModel | None = None) -> li
     Raises:
         InputError: Something is not a tensor, or not an argument of the model.
     """
-    if isinstance(inputs, str) or (
-        isinstance(inputs, Sequence) and any(isinstance(one, str) for one in inputs)
-    ):
+    if isinstance(inputs, str) or (isinstance(inputs, Sequence) and any(isinstance(one, str) for one in inputs)):
         raise InputError("inputs is text, and must be tensors.", _GIVE_INPUTS)
     sets = [inputs] if isinstance(inputs, Mapping) else inputs
     if not isinstance(sets, Sequence) or not sets:
-        raise InputError(
-            f"inputs must be a dict or a non-empty list of dicts, got {_shown(inputs)}.", _GIVE_INPUTS
-        )
+        raise InputError(f"inputs must be a dict or a non-empty list of dicts, got {_shown(inputs)}.", _GIVE_INPUTS)
     return [_normal_set(one, f"inputs[{index}]", model) for index, one in enumerate(sets)]
 
 
@@ -342,9 +336,7 @@ def _copy(model: PreTrainedModel, device: str) -> PreTrainedModel:
 
 def _meta_ranks(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:
     # Masks are left out: transformers asks whether they are all ones, and ranks do not depend on them.
-    bare = [
-        {name: one[name].to("meta") for name in one if not name.endswith("attention_mask")} for one in sets
-    ]
+    bare = [{name: one[name].to("meta") for name in one if not name.endswith("attention_mask")} for one in sets]
     return _observed(model, bare)
 
 
@@ -364,8 +356,7 @@ def _observed(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:
         ranks[name] |= {one.ndim for one in (*arguments, *keywords.values()) if isinstance(one, Tensor)}
 
     handles = [
-        module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
-        for name, module in linears.items()
+        module.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, module in linears.items()
     ]
     try:
         for one in sets:

@@ -115,7 +115,8 @@ def _prove(subject: Subject) -> Proof:
         return _guarded(subject)
     if not subject.worker.request("has", package=reader).get("importable"):
         return _own_reader(
-            subject, f"the stock reader {reader!r} is not installed; with it, hf-compress verify raises the level"
+            subject,
+            f"the stock reader {reader!r} is not installed; with it, hf-compress verify raises the level",
         )
     if dense_bytes(subject.plan, subject.model) * HEADROOM > subject.free_bytes:
         return _truncated(subject)
@@ -196,7 +197,9 @@ def _check(name: str, value: Tensor, found: Tensor, limit: float) -> Check:
         return Check(name=name, difference=float("inf"), relative=float("inf"), limit=limit)
     left, right = value.double(), found.double()
     same = (left == right) | (left.isnan() & right.isnan())
-    difference = float(torch.where(same, 0.0, (left - right).abs().nan_to_num(nan=float("inf"))).max()) if len(left) else 0.0
+    difference = (
+        float(torch.where(same, 0.0, (left - right).abs().nan_to_num(nan=float("inf"))).max()) if len(left) else 0.0
+    )
     largest = float(left.abs().nan_to_num(nan=0.0, posinf=0.0).max()) if len(left) else 0.0
     relative = 0.0 if difference == 0 else difference / largest if largest else float("inf")
     return Check(name=name, difference=difference, relative=relative, limit=limit)
@@ -267,7 +270,9 @@ def _tensor_check(subject: Subject) -> Check:
     common = [name for name in expected if name in written]
     wrong = [name for name in common if not torch.equal(expected[name].cpu(), written[name])]
     if wrong or not common:
-        raise ProofError(f"Tensors differ on disk: {listed(wrong)}. Nothing was written.", "check the disk and save again")
+        raise ProofError(
+            f"Tensors differ on disk: {listed(wrong)}. Nothing was written.", "check the disk and save again"
+        )
     return Check(name=f"{len(common)} tensors re-read", difference=0.0, relative=0.0, limit=0.0)
 
 
@@ -292,4 +297,6 @@ def check_files(path: Path, recorded: Mapping[str, str]) -> None:
     now = {name: digest for name, digest in file_hashes(path).items() if name in recorded}
     changed = [name for name, digest in recorded.items() if now.get(name) != digest]
     if changed:
-        raise CorruptCheckpointError(f"Changed since they were proven: {listed(changed)} in {path}.", "save the model again")
+        raise CorruptCheckpointError(
+            f"Changed since they were proven: {listed(changed)} in {path}.", "save the model again"
+        )

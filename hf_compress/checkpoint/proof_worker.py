@@ -268,9 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> Literal[0]:
     """Serve requests until stdin ends."""
     parser = argparse.ArgumentParser(description="Prove checkpoints with stock transformers.")
     parser.add_argument("--block", action="append", default=[], help="a package to hide")
-    hidden = frozenset(
-        {OWN_PACKAGE, *(name.replace("-", "_") for name in parser.parse_args(arguments).block)}
-    )
+    hidden = frozenset({OWN_PACKAGE, *(name.replace("-", "_") for name in parser.parse_args(arguments).block)})
     sys.meta_path[:] = [HidingFinder(finder, hidden) for finder in sys.meta_path]
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Libraries and their C code print to descriptor 1; the answers go to a private copy of it.

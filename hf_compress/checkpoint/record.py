@@ -21,7 +21,6 @@ from ..core.plan import Plan
 
 FILE = "hf_compress.json"
 KEY = "hf_compress"
-SCHEMA = 1
 
 
 class Check(BaseModel):
@@ -77,7 +76,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     version: str = _version.__version__
     source: str = ""
     plan: Plan
@@ -141,7 +140,9 @@ def open_weights(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CorruptCheckpointError(f"{file} is not a whole safetensors file: {error}.", "save the model again") from None
+        raise CorruptCheckpointError(
+            f"{file} is not a whole safetensors file: {error}.", "save the model again"
+        ) from None
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -153,7 +154,9 @@ def read_config(path: Path) -> dict[str, object]:
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CorruptCheckpointError(f"{path / 'config.json'} can't be read: {error}.", "save the model again") from None
+        raise CorruptCheckpointError(
+            f"{path / 'config.json'} can't be read: {error}.", "save the model again"
+        ) from None
     if not isinstance(values, dict):
         raise CorruptCheckpointError(f"{path / 'config.json'} holds no object.", "save the model again")
     return values

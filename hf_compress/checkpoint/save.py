@@ -66,7 +66,9 @@ def save(
             "compress it with hf_compress.quantize, or use its own save_pretrained",
         )
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
-        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}, which can't be saved.", "pass a tokenizer object")
+        raise ConfigError(
+            f"tokenizer is a {type(tokenizer).__name__}, which can't be saved.", "pass a tokenizer object"
+        )
     given = None if inputs is None else normalise_inputs(inputs, model)
     recover(target)
     check_output(target, overwrite)
@@ -81,9 +83,7 @@ def save(
     return proof
 
 
-def verify(
-    path: str | Path, *, worker: CleanWorker | None = None, inputs: Sequence[InputSet] | None = None
-) -> Proof:
+def verify(path: str | Path, *, worker: CleanWorker | None = None, inputs: Sequence[InputSet] | None = None) -> Proof:
     """Prove a checkpoint again, or for the first time, and record the level reached.
 
     Our own reader's model is the reference; files are compared with their recorded hashes.
@@ -148,5 +148,3 @@ def _write_record(folder: Path, record: Record) -> None:
     temporary = folder / f".{FILE}.tmp"
     temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     temporary.replace(folder / FILE)
-
-

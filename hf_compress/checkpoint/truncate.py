@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .record import FILE, KEY, Record, read_config, read_record, weight_files
 from .load import read_tensors
+from .record import FILE, KEY, Record, read_config, read_record, weight_files
 
 KEPT = 2
 """Blocks kept at each end."""
@@ -70,7 +70,7 @@ def _rename(key: str, path: str, renumber: dict[int, int]) -> str | None:
         return key
     block = int(found.group(1))
     start = found.start(1) - 1
-    return f"{key[:start]}{renumber[block]}{key[start + len(found.group(1)):]}" if block in renumber else None
+    return f"{key[:start]}{renumber[block]}{key[start + len(found.group(1)) :]}" if block in renumber else None
 
 
 def _record(record: Record, path: str, renumber: dict[int, int]) -> Record:

@@ -32,9 +32,7 @@ class CleanWorker:
         timeout: Seconds a request may take.
     """
 
-    def __init__(
-        self, blocked: Sequence[str] = (), threads: int | None = None, timeout: float = 1800.0
-    ) -> None:
+    def __init__(self, blocked: Sequence[str] = (), threads: int | None = None, timeout: float = 1800.0) -> None:
         self.blocked = tuple(blocked)
         self.threads = threads
         self.timeout = timeout
@@ -114,9 +112,7 @@ class CleanWorker:
             )
         except OSError as error:
             self._stop()
-            raise WorkerError(
-                f"The clean worker can't start: {error}.", f"try: {' '.join(command)}"
-            ) from error
+            raise WorkerError(f"The clean worker can't start: {error}.", f"try: {' '.join(command)}") from error
         return self._process
 
     def _parsed(self, op: str, reply: str, expired: bool) -> dict[str, Any]:
@@ -135,9 +131,7 @@ class CleanWorker:
         self._stop()
         code = process.returncode if process is not None else None
         fix = "free memory or raise the timeout, then try again." if code == -9 else "see the lines above."
-        return WorkerError(
-            f"The clean worker {what} during {op!r} (exit code {code}). Its last lines:\n{said}\n", fix
-        )
+        return WorkerError(f"The clean worker {what} during {op!r} (exit code {code}). Its last lines:\n{said}\n", fix)
 
     def _last_errors(self) -> str:
         if self._errors is None:

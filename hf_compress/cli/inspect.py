@@ -11,6 +11,7 @@ from .output import Output, proven, size
 from .quantize import show_forecast
 
 if TYPE_CHECKING:
+    from ..core.config import QuantConfig
     from ..pipeline.inspect import Inspection
 
 NAME = "inspect"
@@ -22,7 +23,9 @@ EXAMPLES = (
 
 def command(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_DIR", help="A checkpoint, or a model's Hub id or directory.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_DIR", help="A checkpoint, or a model's Hub id or directory.")
+    ],
     method: options.OptionalMethodName = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = None,
@@ -36,7 +39,7 @@ def command(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show a checkpoint's plan, sizes and proof; with --method, what would be done to a model. Reads no weights."""
+    """Show a checkpoint's plan, sizes and proof; with --method, what would be done to a model, unread."""
     output = Output.of(ctx, as_json, quiet)
     given = {
         "bits": bits,
@@ -51,4 +54,42 @@ def command(
     if method is not None:
         _forecast(output, model, options.configuration(method, **given), every)
         return
+    if any(value is not None and value != [] for value in given.values()):
+        raise typer.BadParameter("options of a method need --method", ctx)
     _inspect(output, model, every)
+
+
+def _forecast(output: Output, model: str, config: QuantConfig, every: bool) -> None:
+    """Print what would be done to a model."""
+    from .. import preflight
+
+    forecast = preflight(model, config)
+    show_forecast(output, forecast)
+    if every:
+        output.rows(forecast.plan)
+
+
+def _inspect(output: Output, model: str, every: bool) -> None:
+    """Print what was done to a checkpoint."""
+    from .. import inspect
+
+    found = inspect(model)
+    if found.plan is not None:
+        output.plan(found.plan)
+    output.fields(_facts(found))
+    output.notes(found.notes)
+    if every and found.plan is not None:
+        output.rows(found.plan)
+    output.result(found.model_dump(mode="json"))
+
+
+def _facts(found: Inspection) -> dict[str, str]:
+    """What is known, by name."""
+    facts = {"source": found.source}
+    if found.plan is not None:
+        facts["format"] = found.plan.format
+    if found.disk_bytes is not None:
+        facts["on disk"] = size(found.disk_bytes)
+    if found.proof is not None:
+        facts["proof"] = proven(found.proof)
+    return facts

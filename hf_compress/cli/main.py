@@ -16,7 +16,7 @@ from .output import Output
 
 _EXAMPLES = (
     "Examples:",
-    "hf-compress quantize Qwen/Qwen3-0.6B qwen3-int4 --method rtn --bits 4 --group-size 64",
+    "hf-compress quantize Qwen/Qwen3-0.6B qwen3-int4 --method rtn --bits 4",
     "hf-compress inspect qwen3-int4",
     "hf-compress verify qwen3-int4",
     "hf-compress doctor",

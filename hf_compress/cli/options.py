@@ -24,9 +24,7 @@ GroupSize = Annotated[
     str | None,
     typer.Option("--group-size", metavar="N|channel|tensor", help="Consecutive inputs that share a scale."),
 ]
-Symmetric = Annotated[
-    bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")
-]
+Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="bf16|fp16", help="Data type, for casts.")]
 Skip = Annotated[
     list[str] | None,
@@ -36,56 +34,27 @@ Embeddings = Annotated[
     str | None, typer.Option("--embeddings", metavar="keep|int8", help="What happens to embedding tables.")
 ]
 MinCoverage = Annotated[
-    float | None, typer.Option("--min-coverage", help="Smallest fraction to quantize, 0 to 1; 0.9 by default.")
+    float | None,
+    typer.Option("--min-coverage", help="Smallest fraction to quantize, 0 to 1; 0.9 by default."),
 ]
 Format = Annotated[
     str | None,
-    typer.Option("--format", metavar="auto|compressed-tensors|guarded", help="Checkpoint format."),
+    typer.Option("--format", metavar="NAME", help="auto, compressed-tensors or guarded."),
 ]
 
 
-def configuration(
-    method: str,
-    *,
-    bits: int | None,
-    group_size: str | None,
-    symmetric: bool | None,
-    dtype: str | None,
-    skip: list[str] | None,
-    embeddings: str | None,
-    min_coverage: float | None,
-    format: str | None,
-) -> QuantConfig:
+def configuration(method: str, **given: object) -> QuantConfig:
     """The method's configuration from the options that were given.
 
     Args:
         method: The method's name.
-        bits: As `--bits`; None where an option was not given.
-        group_size: As `--group-size`: a number or a word.
-        symmetric: As `--symmetric/--asymmetric`.
-        dtype: As `--dtype`.
-        skip: As all `--skip` together.
-        embeddings: As `--embeddings`.
-        min_coverage: As `--min-coverage`.
-        format: As `--format`.
+        given: Options by the names of the configuration's fields; None or empty where not given.
 
     Raises:
         MethodError: There is no such method.
         ConfigError: The method has no such option, or the value is impossible.
     """
-    given = {
-        "bits": bits,
-        "group_size": _number_or_word(group_size),
-        "symmetric": symmetric,
-        "dtype": dtype,
-        "skip": tuple(skip) if skip else None,
-        "embeddings": embeddings,
-        "min_coverage": min_coverage,
-        "format": format,
-    }
-    return METHODS.get(method).config(**{name: value for name, value in given.items() if value is not None})
-
-
-def _number_or_word(text: str | None) -> int | str | None:
-    """A group size; the configuration judges words and numbers."""
-    return int(text) if text is not None and text.removeprefix("-").isdecimal() else text
+    if isinstance(word := given.get("group_size"), str) and word.removeprefix("-").isdecimal():
+        given["group_size"] = int(word)
+    values = {name: value for name, value in given.items() if value is not None and value != []}
+    return METHODS.get(method).config(**values)

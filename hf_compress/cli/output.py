@@ -57,9 +57,7 @@ class Output:
         if not lines:
             return
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = (
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in lines
-        )
+        padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in lines)
         self.text(*((indent + line).rstrip() for line in padded))
 
     def result(self, value: Mapping[str, Any]) -> None:
@@ -127,14 +125,10 @@ class Output:
 
 def size(count: int) -> str:
     """Bytes for people, in decimal units, such as `4.2 MB`."""
-    if count < 1000:
-        return f"{count} bytes"
-    scaled, unit = float(count), "bytes"
-    for unit in ("kB", "MB", "GB", "TB"):
-        scaled /= 1000
-        if scaled < 999.95:
-            break
-    return f"{scaled:.1f} {unit}"
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def proven(proof: Proof) -> str:

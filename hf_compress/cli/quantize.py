@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 NAME = "quantize"
 EXAMPLES = (
-    "hf-compress quantize Qwen/Qwen3-0.6B qwen3-int4 --method rtn --bits 4 --group-size 64",
-    "hf-compress quantize ./bert bert-int8 --method int8_dynamic --skip 'encoder.layer.0.*'",
-    "hf-compress quantize ./bert bert-bf16 --method cast --dtype bf16 --dry-run",
+    "hf-compress quantize Qwen/Qwen3-0.6B qwen3-int4 --method rtn --bits 4",
+    "hf-compress quantize bert bert-w8 -m int8_dynamic --skip '*.layer.0.*'",
+    "hf-compress quantize bert bert-bf16 --method cast --dtype bf16 --dry-run",
 )
 # A directory without any of these gets a tokenizer with an empty vocabulary from transformers.
 _PROCESSOR_FILES = (
@@ -83,9 +83,13 @@ def show_forecast(output: Output, forecast: Preflight) -> None:
             "format": forecast.plan.format,
         }
     )
-    output.notes((*forecast.plan.notes, *forecast.notes))
+    output.notes(forecast.notes)
     output.result(
-        {"coverage": forecast.plan.coverage, "schemes": forecast.plan.by_scheme(), **forecast.model_dump(mode="json")}
+        {
+            "coverage": forecast.plan.coverage,
+            "schemes": forecast.plan.by_scheme(),
+            **forecast.model_dump(mode="json"),
+        }
     )
 
 
@@ -119,7 +123,7 @@ def _quantize(
     processor, problem = _processor(model)
     with output.status("Saving and proving"):
         proof = save(quantized, out, tokenizer=processor, overwrite=overwrite)
-    notes = (*forecast.plan.notes, *forecast.notes, *([problem] if problem else []))
+    notes = (*forecast.notes, *([problem] if problem else []))
     _show(output, forecast, out, proof, processor, notes)
 
 

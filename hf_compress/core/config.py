@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -134,15 +135,17 @@ class QuantConfig(QuantizationConfigMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = cls.fields_type.__signature__  # type: ignore[attr-defined]
+        cls.__signature__ = cls.fields_type.__signature__
 
     def __init__(self, *, calibration: Any = None, **fields: Any) -> None:
         self.quant_method = REQUEST
         self.fields = validate(self.fields_type, fields)
+        self.progress: Callable[[int, int], None] | None = None
         self.calibration = calibration if isinstance(calibration, Calibration | None) else Calibration(calibration)
         if self.calibration is not None and not self.spec.needs_data:
             raise CalibrationError(
-                f"{type(self).__name__} needs no calibration data, but some was given.", "leave `calibration` out"
+                f"{type(self).__name__} needs no calibration data, but some was given.",
+                "leave `calibration` out",
             )
 
     @property
@@ -173,7 +176,8 @@ class QuantConfig(QuantizationConfigMixin):
         written_by = values.pop("version", None)
         if "method" not in values:
             raise ConfigError(
-                "A configuration given as a dictionary needs the key 'method'.", f"add one of {', '.join(METHODS.names())}"
+                "A configuration given as a dictionary needs the key 'method'.",
+                f"add one of {', '.join(METHODS.names())}",
             )
         config = METHODS.get(values.pop("method")).config
         if _is_newer(written_by):
@@ -228,8 +232,12 @@ def _config_error(fields_type: type[BaseModel], error: ValidationError) -> Confi
         return ConfigError(f"Unknown key {place!r}. {hint}".rstrip(), f"known keys: {', '.join(owner.model_fields)}")
     if place in ("skip", "rules"):
         return ConfigError(f"{place}={first['input']!r} is not a list.", f'write {place}=["pattern"]')
-    expected = "; ".join(sorted({item["msg"] for item in error.errors(include_url=False) if item["loc"][0] == first["loc"][0]}))
-    return ConfigError(f"{place}={first['input']!r} is not possible: {expected}.", f"see the fields {', '.join(known)}")
+    expected = "; ".join(
+        sorted({item["msg"] for item in error.errors(include_url=False) if item["loc"][0] == first["loc"][0]})
+    )
+    return ConfigError(
+        f"{place}={first['input']!r} is not possible: {expected}.", f"see the fields {', '.join(known)}"
+    )
 
 
 def _is_newer(written_by: object) -> bool:

@@ -13,7 +13,15 @@ from torch import nn
 
 from . import scheme as schemes
 from .config import QuantConfig, QuantFields
-from .errors import CoverageError, FormatError, GroupSizeError, NothingToQuantizeError, RuleError, TiedWeightsError, listed
+from .errors import (
+    CoverageError,
+    FormatError,
+    GroupSizeError,
+    NothingToQuantizeError,
+    RuleError,
+    TiedWeightsError,
+    listed,
+)
 from .registry import FORMATS
 from .rules import Decision, resolve
 from .weights import Role, Weight, WeightKind, list_weights, small_parameters

@@ -141,5 +141,9 @@ FORMATS: Registry[Format] = Registry("format")
 
 for _name in ("rtn", "int8_dynamic", "cast"):
     METHODS.declare(_name, f"hf_compress.methods.{_name}")
-for _name, _module in (("compressed-tensors", "compressed_tensors"), ("guarded", "guarded"), ("dense", "dense")):
+for _name, _module in (
+    ("compressed-tensors", "compressed_tensors"),
+    ("guarded", "guarded"),
+    ("dense", "dense"),
+):
     FORMATS.declare(_name, f"hf_compress.formats.{_module}")

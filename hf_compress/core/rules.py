@@ -97,7 +97,9 @@ def _matched(pattern: str, names: Iterable[str]) -> list[str]:
 def _check(rule: Rule) -> None:
     """Refuse rules that say nothing or contradict themselves."""
     if rule.keep is None and not rule.settings():
-        raise RuleError(f"The rule for {rule.pattern!r} changes nothing.", "give it keep, bits, group_size or symmetric")
+        raise RuleError(
+            f"The rule for {rule.pattern!r} changes nothing.", "give it keep, bits, group_size or symmetric"
+        )
     if rule.keep and rule.settings():
         raise RuleError(
             f"The rule for {rule.pattern!r} keeps weights and also sets {', '.join(rule.settings())}.",

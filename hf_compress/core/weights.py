@@ -5,7 +5,6 @@ Works on a model on the meta device; reads no values.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum

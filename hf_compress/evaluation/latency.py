@@ -89,8 +89,8 @@ class LatencyComparison(BaseModel):
 
 
 def measure_latency(
-    baseline: Callable[[], object],
     candidate: Callable[[], object],
+    baseline: Callable[[], object],
     *,
     pairs: int = 30,
     warmup: int = 3,
@@ -100,8 +100,8 @@ def measure_latency(
     """Time a candidate against its baseline, interleaved.
 
     Args:
-        baseline: Runs the original once.
-        candidate: Runs the compressed one once, on the same input.
+        candidate: Runs the compressed model once.
+        baseline: Runs the original once, on the same input.
         pairs: Timed pairs, at least 8.
         warmup: Untimed calls of each side first.
         clock: Returns seconds, never going back.
@@ -111,13 +111,13 @@ def measure_latency(
         MeasurementError: Too few pairs, or a clock that stands still or runs backwards.
     """
     return compare_many(
-        baseline, {"candidate": candidate}, pairs=pairs, warmup=warmup, clock=clock, synchronize=synchronize
+        {"candidate": candidate}, baseline, pairs=pairs, warmup=warmup, clock=clock, synchronize=synchronize
     )["candidate"]
 
 
 def compare_many(
-    baseline: Callable[[], object],
     candidates: Mapping[str, Callable[[], object]],
+    baseline: Callable[[], object],
     *,
     pairs: int = 30,
     warmup: int = 3,
@@ -131,8 +131,8 @@ def compare_many(
     off while timing.
 
     Args:
+        candidates: Runs a compressed model once, by name.
         baseline: Runs the original once.
-        candidates: Runs a compressed one once, by name.
         pairs: Rounds, at least 8.
         warmup: Untimed calls of each side first.
         clock: Returns seconds, never going back.
@@ -158,7 +158,7 @@ def compare_many(
             for side in _order(pair, len(names)):
                 call, record = sides[side]
                 record.append(timed.time(call))
-    return {name: _comparison(baseline_times, times[name], warmup) for name in names}
+    return {name: _comparison(times[name], baseline_times, warmup) for name in names}
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
@@ -267,7 +267,7 @@ def _order(pair: int, candidates: int) -> list[int]:
     return [0, *turns] if pair % 2 == 0 else [*reversed(turns), 0]
 
 
-def _comparison(baseline: list[float], candidate: list[float], warmup: int) -> LatencyComparison:
+def _comparison(candidate: list[float], baseline: list[float], warmup: int) -> LatencyComparison:
     # In log space swapping the sides only flips signs, so the verdict is exactly symmetric.
     logs = [math.log(b) - math.log(c) for b, c in zip(baseline, candidate, strict=True)]
     median = _percentile(sorted(logs), 0.5)

@@ -53,9 +53,7 @@ class DiskBytes(BaseModel):
     files: int
 
 
-def resident_bytes(
-    model: nn.Module, *, extra_tensors: Iterable[Tensor] = (), count_meta: bool = False
-) -> int:
+def resident_bytes(model: nn.Module, *, extra_tensors: Iterable[Tensor] = (), count_meta: bool = False) -> int:
     """Bytes of the memory that the model's tensors really hold.
 
     Every storage counts once and whole: tied weights once, a view as the storage it keeps alive. Wrapper

@@ -88,7 +88,6 @@ def checked(row: PlanRow, packed: PackedTensor, expected: Mapping[str, tuple[int
     return packed
 
 
-
 def format_of(plan: Plan) -> CheckpointFormat:
     """The format that a plan chose."""
     return cast(CheckpointFormat, FORMATS.get(plan.format))

@@ -92,7 +92,9 @@ class CompressedTensorsFormat:
                 for expert in range(row.shape[0])
             ]
             codes = torch.stack([torch.cat([codes for codes, _ in parts]) for parts in pairs])
-            packed = PackedTensor(layout, codes, torch.stack([torch.cat([scale for _, scale in parts]) for parts in pairs]))
+            packed = PackedTensor(
+                layout, codes, torch.stack([torch.cat([scale for _, scale in parts]) for parts in pairs])
+            )
         return checked(row, packed, {"scale": schemes.groups(row.shape, layout.weights)})
 
 
@@ -193,7 +195,11 @@ def _decode(
     bits = layout.weights.num_bits
     scale = take(tensors, f"{name}.weight_scale")
     if _is_int_quantized(row):
-        return checked(row, PackedTensor(layout, take(tensors, f"{name}.weight"), scale), {"codes": shape}).codes, scale, None
+        return (
+            checked(row, PackedTensor(layout, take(tensors, f"{name}.weight"), scale), {"codes": shape}).codes,
+            scale,
+            None,
+        )
     words = take(tensors, f"{name}.weight_packed")
     checked(row, PackedTensor(layout, words, scale), {"codes": (shape[0], -(-shape[1] * bits // 32))})
     codes = pack_codes(from_words(words, bits, shape[1]), bits) if bits == 8 else words

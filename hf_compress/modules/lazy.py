@@ -15,30 +15,16 @@ from torch.utils._pytree import tree_map
 
 from .packed import PackedTensor
 
-_CHEAP = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,
-    Tensor.layout.__get__,
-    Tensor.is_meta.__get__,
-    Tensor.is_cuda.__get__,
-    Tensor.is_sparse.__get__,
-    Tensor.is_quantized.__get__,
-    Tensor.requires_grad.__get__,
-    Tensor.grad_fn.__get__,
-    Tensor.is_leaf.__get__,
-    Tensor.itemsize.__get__,
-    Tensor.nbytes.__get__,
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.__len__,
+_FORM = (
+    *("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda", "is_sparse", "is_quantized"),
+    *("requires_grad", "grad_fn", "is_leaf", "itemsize", "nbytes"),
+)
+_CHEAP: set[object] = {
+    *(getattr(Tensor, name).__get__ for name in _FORM),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__),
 }
+"""What can be answered without values."""
 
 
 class LazyWeight(Tensor):
@@ -81,7 +67,7 @@ class LazyWeight(Tensor):
             return func(*tree_map(dense, tuple(args)), **tree_map(dense, options))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],
@@ -99,7 +85,9 @@ def dense(value: Any) -> Any:
 
 def _expert(packed: PackedTensor, index: object) -> Tensor | None:
     """One expert of fused experts, or None when the index is something else."""
-    single = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point())
+    single = isinstance(index, int) or (
+        isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point()
+    )
     if len(packed.layout.shape) != 3 or not single or packed.layout.weights.strategy == "tensor":
         return None
-    return packed.part(int(index)).dense()  # type: ignore[call-overload, no-any-return]
+    return packed.part(int(index)).dense()  # type: ignore[call-overload]

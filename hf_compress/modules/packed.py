@@ -86,7 +86,9 @@ class PackedTensor:
 
 def pack(quantized: Quantized, layout: Layout) -> PackedTensor:
     """Put a method's result into the canonical layout."""
-    return PackedTensor(layout, pack_codes(quantized.codes, layout.weights.num_bits), quantized.scale, quantized.zero_point)
+    return PackedTensor(
+        layout, pack_codes(quantized.codes, layout.weights.num_bits), quantized.scale, quantized.zero_point
+    )
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -53,18 +53,15 @@ def pack_module(module: nn.Module, name: str, packed: PackedTensor) -> None:
         name: Name of the parameter, such as `weight` or `gate_up_proj`.
         packed: The packed weight.
     """
+    base = _original(type(module))
+    layouts = {**vars(module).get("hfc_layouts", {}), name: packed.layout}
     del module._parameters[name]
-    if not isinstance(module, PackedModule):
-        module.hfc_layouts = {}
-        module.hfc_kernel = None
-    names = (*module.hfc_layouts, name)
-    module.__class__ = _packed_class(_original(type(module)), names)
-    module.hfc_layouts = {**module.hfc_layouts, name: packed.layout}
+    module.__class__ = _packed_class(base, tuple(layouts))  # type: ignore[arg-type] # nn.Module is hashable
+    vars(module).update(hfc_layouts=layouts, hfc_kernel=None, _is_hf_initialized=True)
     module.register_buffer(f"{name}_packed", packed.codes)
     module.register_buffer(f"{name}_scale", packed.scale)
     if packed.zero_point is not None:
         module.register_buffer(f"{name}_zero_point", packed.zero_point)
-    module._is_hf_initialized = True
 
 
 def unpack_module(module: PackedModule) -> None:
@@ -74,8 +71,10 @@ def unpack_module(module: PackedModule) -> None:
         for suffix in ("packed", "scale", "zero_point"):
             module._buffers.pop(f"{name}_{suffix}", None)
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    module.__class__ = _original(type(module))
-    del module.hfc_layouts, module.hfc_kernel
+    base = _original(type(module))
+    for name in ("hfc_layouts", "hfc_kernel"):
+        del vars(module)[name]
+    object.__setattr__(module, "__class__", base)
 
 
 def packed_tensor(module: nn.Module, name: str) -> PackedTensor:

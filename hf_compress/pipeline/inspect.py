@@ -58,7 +58,8 @@ def inspect(model_or_path: nn.Module | str | Path) -> Inspection:
         return _inspect_model(model_or_path)
     if not isinstance(model_or_path, str | Path):
         raise UnsupportedModelError(
-            f"Expected a model or a directory, got {type(model_or_path).__name__}.", "pass a model or its checkpoint"
+            f"Expected a model or a directory, got {type(model_or_path).__name__}.",
+            "pass a model or its checkpoint",
         )
     path = Path(model_or_path)
     record = read_record(path)

@@ -31,7 +31,7 @@ def start(model: PreTrainedModel, request: QuantConfig | ReadRequest) -> LoadSes
     def quantize(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
         return pack_weight(row, value, plan.method)
 
-    return LoadSession(plan, quantize)
+    return LoadSession(plan, quantize, request.progress)
 
 
 def finish(model: PreTrainedModel, session: LoadSession) -> None:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -51,10 +52,12 @@ def _pack_stock(model: nn.Module) -> None:
     quantizer = vars(model).get("hf_quantizer")
     if not isinstance(model, PreTrainedModel) or not isinstance(quantizer, CompressedTensorsHfQuantizer):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a compressed-tensors model.", "compress it with hf_compress.quantize"
+            f"{type(model).__name__} is not a compressed-tensors model.",
+            "compress it with hf_compress.quantize",
         )
     modules = {path: module for path, module in model.named_modules() if _scheme(module) is not None}
-    rows = [_row(path, module) for path, module in modules.items()]
+    default = quantizer.quantization_config.quantization_config.format
+    rows = [_row(path, module, default) for path, module in modules.items()]
     if not rows:
         raise UnsupportedModelError(
             f"No layer of {type(model).__name__} is compressed in memory: stock dequantized it while loading.",
@@ -81,19 +84,19 @@ def _scheme(module: nn.Module) -> QuantizationScheme | None:
     return found if isinstance(found, QuantizationScheme) and found.weights is not None else None
 
 
-def _row(path: str, module: nn.Module) -> PlanRow:
-    """The plan's row for a module that stock compressed."""
+def _row(path: str, module: nn.Module, default: str) -> PlanRow:
+    """The plan's row for a module that stock compressed; `default` is the checkpoint's storage format."""
     scheme = _scheme(module)
     linear = isinstance(module, nn.Linear)
     if scheme is None or scheme.weights is None or not isinstance(module, nn.Linear | nn.Embedding):
         raise UnsupportedModelError(f"{path} ({type(module).__name__}) can't be packed.", "leave the model as it is")
     if scheme.weights.type != "int" or scheme.weights.strategy not in ("group", "channel", "tensor"):
         raise UnsupportedModelError(
-            f"{path} is {scheme.weights.type}{scheme.weights.num_bits} per {scheme.weights.strategy}; only integers per "
-            "group, channel or tensor can be packed.",
+            f"{path} is {scheme.weights.type}{scheme.weights.num_bits} per {scheme.weights.strategy}; only integers "
+            "per group, channel or tensor can be packed.",
             "leave the model as it is",
         )
-    shape = (module.out_features, module.in_features) if linear else (module.num_embeddings, module.embedding_dim)
+    shape = _weight_shape(module)
     dtype = module.get_parameter("weight_scale").dtype
     return PlanRow(
         name=path,
@@ -106,10 +109,17 @@ def _row(path: str, module: nn.Module) -> PlanRow:
         dtype=str(dtype).removeprefix("torch."),
         parameters=shape[0] * shape[1],
         scheme=schemes.label(scheme),
-        quantization=scheme,
+        quantization=scheme.model_copy(update={"format": CompressionFormat(scheme.format or default).value}),
         reason="compressed by its checkpoint",
         in_scope=True,
     )
+
+
+def _weight_shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
+    """Rows and columns of the dense weight."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.num_embeddings, module.embedding_dim
 
 
 def _kept_row(model: nn.Module, name: str) -> PlanRow:

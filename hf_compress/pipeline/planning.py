@@ -35,11 +35,13 @@ def plan_model(model: nn.Module, config: QuantConfig) -> Plan:
     """The plan for a model in memory or on meta."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"Expected a model, an id or a directory, got {type(model).__name__}.", "pass a transformers model"
+            f"Expected a model, an id or a directory, got {type(model).__name__}.",
+            "pass a transformers model",
         )
     if not isinstance(config, QuantConfig):
         raise UnsupportedModelError(
-            f"Expected an hf_compress configuration, got {type(config).__name__}.", "for example RTNQuantConfig(bits=4)"
+            f"Expected an hf_compress configuration, got {type(config).__name__}.",
+            "for example RTNQuantConfig(bits=4)",
         )
     if is_quantized(model):
         raise AlreadyQuantizedError(

@@ -82,7 +82,9 @@ def _cast_rest(plan: Plan, rest: int) -> int:
 def _notes(plan: Plan, peak: int, before: int, live: bool) -> list[str]:
     """What a user should know before starting."""
     free = psutil.virtual_memory().available
-    notes = ["a live model holds the dense weights; from an id or directory they are never all in memory"] if live else []
+    notes = (
+        ["a live model holds the dense weights; from an id or directory they are never all in memory"] if live else []
+    )
     if peak > free:
         notes.append(f"needs about {peak / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
     if before * HEADROOM > free:

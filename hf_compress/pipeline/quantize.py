@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ Progress = Callable[[int, int], None]
 
 
 def quantize(
-    model_or_id: nn.Module | str | Path, config: QuantConfig, calibration: Any = None, progress: Progress | None = None
+    model_or_id: nn.Module | str | Path,
+    config: QuantConfig,
+    calibration: Any = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Quantize a model.
 
@@ -44,7 +48,9 @@ def quantize(
     if isinstance(model_or_id, nn.Module):
         return _quantize_live(model_or_id, config, progress)
     architecture = model_class(model_config(model_or_id), model_or_id)
-    return architecture.from_pretrained(model_or_id, quantization_config=config)
+    request = copy(config)
+    request.progress = progress
+    return architecture.from_pretrained(model_or_id, quantization_config=request)
 
 
 def _check_calibration(config: QuantConfig, calibration: Any) -> None:
@@ -52,7 +58,9 @@ def _check_calibration(config: QuantConfig, calibration: Any) -> None:
     if calibration is None:
         return
     if config.calibration is not None:
-        raise CalibrationError("Calibration data was given twice: in the configuration and as an argument.", "give it once")
+        raise CalibrationError(
+            "Calibration data was given twice: in the configuration and as an argument.", "give it once"
+        )
     if not config.spec.needs_data:
         raise CalibrationError(f"The method {config.method!r} needs no calibration data.", "leave `calibration` out")
     config.calibration = Calibration(calibration)

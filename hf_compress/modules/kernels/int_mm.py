@@ -50,7 +50,7 @@ class IntMatmul:
             value: … × columns, float32.
         """
         codes, scale = module.get_buffer("weight_packed"), module.get_buffer("weight_scale")
-        output = int8_linear(value.reshape(-1, value.shape[-1]), codes, scale.view(-1), module.bias)
+        output = int8_linear(value.reshape(-1, value.shape[-1]), codes, scale.view(-1), module._parameters.get("bias"))
         return output.view(*value.shape[:-1], codes.shape[0])
 
 

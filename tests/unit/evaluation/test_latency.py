@@ -44,15 +44,15 @@ class Clock:
         return call
 
 
-def compare(baseline: list[int], candidate: list[int]) -> LatencyComparison:
+def compare(candidate: list[int], baseline: list[int]) -> LatencyComparison:
     clock = Clock()
     return measure_latency(
-        clock.work("b", baseline), clock.work("c", candidate), pairs=len(baseline), warmup=0, clock=clock
+        clock.work("c", candidate), clock.work("b", baseline), pairs=len(baseline), warmup=0, clock=clock
     )
 
 
 def test_numbers_against_hand_calculation() -> None:
-    result = compare([20] * 9, [10, 11, 12, 13, 14, 15, 16, 17, 18])
+    result = compare([10, 11, 12, 13, 14, 15, 16, 17, 18], [20] * 9)
     assert result.speedup == pytest.approx(20 / 14)
     assert (result.speedup_low, result.speedup_high) == pytest.approx((20 / 18, 20 / 10))
     assert result.confidence == 1 - 2 / 2**9
@@ -67,7 +67,7 @@ def test_numbers_against_hand_calculation() -> None:
 def test_order_is_swapped_every_pair_after_warmup() -> None:
     clock = Clock()
     forever = itertools.repeat(1.0)
-    measure_latency(clock.work("b", forever), clock.work("c", forever), pairs=8, warmup=2, clock=clock)
+    measure_latency(clock.work("c", forever), clock.work("b", forever), pairs=8, warmup=2, clock=clock)
     assert "".join(clock.log) == "bcbc" + "bccb" * 4
 
 
@@ -75,7 +75,7 @@ def test_warmup_is_not_in_the_numbers() -> None:
     clock = Clock()
     slow_start = itertools.chain([1000.0, 1000.0], itertools.repeat(2.0))
     result = measure_latency(
-        clock.work("b", itertools.repeat(2.0)), clock.work("c", slow_start), pairs=8, warmup=2, clock=clock
+        clock.work("c", slow_start), clock.work("b", itertools.repeat(2.0)), pairs=8, warmup=2, clock=clock
     )
     assert result.candidate.p95_ms == 2000
     assert result.warmup == 2
@@ -99,30 +99,29 @@ def test_drift_hits_both_sides_alike() -> None:
     [(1040, "same"), (1060, "slower"), (960, "same"), (940, "faster"), (1000, "same")],
 )
 def test_five_percent_margin(candidate: int, verdict: str) -> None:
-    assert compare([1000] * 10, [candidate] * 10).verdict == verdict
+    assert compare([candidate] * 10, [1000] * 10).verdict == verdict
 
 
 def test_a_big_ratio_without_evidence_is_no_verdict() -> None:
-    noisy = compare([10] * 8, [20, 20, 20, 20, 20, 20, 20, 5])
+    noisy = compare([20, 20, 20, 20, 20, 20, 20, 5], [10] * 8)
     assert noisy.speedup == pytest.approx(0.5)
     assert noisy.speedup_high > 1
     assert noisy.verdict == "same"
 
 
 def test_headline_says_slower_first_and_by_how_much() -> None:
-    slow = compare([10] * 8, [25] * 8).headline()
+    slow = compare([25] * 8, [10] * 8).headline()
     assert slow.startswith("SLOWER THAN THE ORIGINAL: takes 2.50 times as long")
-    for other in (compare([25] * 8, [10] * 8), compare([10] * 8, [10] * 8)):
+    for other in (compare([10] * 8, [25] * 8), compare([10] * 8, [10] * 8)):
         assert "SLOWER" not in other.headline()
 
 
 def test_many_candidates_share_each_rounds_baseline() -> None:
     clock = Clock()
     candidates = {
-        name: clock.work(name, itertools.repeat(duration))
-        for name, duration in (("x", 5), ("y", 10), ("z", 20))
+        name: clock.work(name, itertools.repeat(duration)) for name, duration in (("x", 5), ("y", 10), ("z", 20))
     }
-    results = compare_many(clock.work("b", itertools.repeat(10)), candidates, pairs=12, warmup=0, clock=clock)
+    results = compare_many(candidates, clock.work("b", itertools.repeat(10)), pairs=12, warmup=0, clock=clock)
     assert [results[name].verdict for name in "xyz"] == ["faster", "same", "slower"]
     rounds = ["".join(clock.log[start : start + 4]) for start in range(0, 48, 4)]
     assert rounds == ["bxyz", "zyxb", "byzx", "xzyb", "bzxy", "yxzb"] * 2
@@ -162,7 +161,7 @@ def test_garbage_collector_is_off_and_restored() -> None:
         raise ValueError("broken model")
 
     with pytest.raises(ValueError, match="broken model"):
-        measure_latency(call, fail, pairs=8, clock=clock)
+        measure_latency(fail, call, pairs=8, clock=clock)
     assert gc.isenabled()
     gc.disable()
     try:
@@ -194,11 +193,11 @@ def test_impossible_requests() -> None:
     with pytest.raises(MeasurementError, match="warmup=-1"):
         measure_latency(int, int, warmup=-1)
     with pytest.raises(MeasurementError, match="no candidate"):
-        compare_many(int, {})
+        compare_many({}, int)
 
 
 def test_result_is_frozen_json() -> None:
-    result = compare([10] * 8, [25] * 8)
+    result = compare([25] * 8, [10] * 8)
     assert LatencyComparison.model_validate_json(result.model_dump_json()) == result
     assert json.loads(result.model_dump_json())["verdict"] == "slower"
     with pytest.raises(ValueError, match="frozen"):
@@ -238,7 +237,7 @@ close = st.lists(st.tuples(st.integers(900, 1100), st.integers(900, 1100)), min_
 @given(st.one_of(durations, close))
 def test_swapping_the_sides_mirrors_everything(pairs: list[tuple[int, int]]) -> None:
     baseline, candidate = [b for b, _ in pairs], [c for _, c in pairs]
-    result, mirrored = compare(baseline, candidate), compare(candidate, baseline)
+    result, mirrored = compare(candidate, baseline), compare(baseline, candidate)
     opposite = {"slower": "faster", "faster": "slower", "same": "same"}
     assert mirrored.verdict == opposite[result.verdict]
     assert mirrored.speedup == pytest.approx(1 / result.speedup, rel=1e-12)
@@ -248,7 +247,7 @@ def test_swapping_the_sides_mirrors_everything(pairs: list[tuple[int, int]]) -> 
 
 @given(st.one_of(durations, close))
 def test_interval_holds_the_median_and_the_verdict_follows(pairs: list[tuple[int, int]]) -> None:
-    result = compare([b for b, _ in pairs], [c for _, c in pairs])
+    result = compare([c for _, c in pairs], [b for b, _ in pairs])
     assert result.speedup_low <= result.speedup <= result.speedup_high
     ratios = sorted(b / c for b, c in pairs)
     assert ratios[0] * (1 - 1e-12) <= result.speedup_low

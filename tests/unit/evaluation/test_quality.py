@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
+    BatchFeature,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -31,6 +32,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 
 from hf_compress.core.errors import EvaluationDataError, MeasurementError, UnsupportedModelError
 from hf_compress.evaluation.quality import (
@@ -52,6 +54,12 @@ from hf_compress.evaluation.quality import (
 WORDS = ["[PAD]", "[UNK]", "[BOS]", *"the a cat dog sat ran on mat log good bad very".split()]  # noqa: SIM905
 TEXTS = ["the cat sat on the mat", "a dog ran", "very good cat on a very bad log the dog sat", "bad cat"]
 LABELLED = [(TEXTS[0], 0), (TEXTS[1], 1), (TEXTS[2], 2), (TEXTS[3], 0)]
+
+
+@pytest.fixture(autouse=True)
+def _own_rng() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
 
 
 def make_tokenizer(bos: bool = False, pad: str | None = "[PAD]") -> PreTrainedTokenizerFast:
@@ -130,7 +138,7 @@ def test_t_quantile(freedom: int, value: float) -> None:
 def test_accuracy_delta_by_hand() -> None:
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     old, new = [0, 1, 2, 0, 1, 0, 1, 0], [0, 1, 2, 1, 2, 2, 1, 2]
-    result = accuracy_delta(one_hot(old), one_hot(new), labels)
+    result = accuracy_delta(one_hot(new), one_hot(old), labels)
     assert (result.baseline_accuracy, result.candidate_accuracy) == (5 / 8, 4 / 8)
     assert (result.lost, result.gained, result.agreement) == (2, 1, 4 / 8)
     assert result.difference == -1 / 8
@@ -152,9 +160,7 @@ def binomial(count: int, chance: float, size: int) -> float:
     return math.comb(size, count) * chance**count * (1 - chance) ** (size - count)
 
 
-@pytest.mark.parametrize(
-    ("p_lost", "p_gained"), [(0.02, 0.02), (0.1, 0.05), (0.2, 0.0), (0.0, 0.0), (0.3, 0.3)]
-)
+@pytest.mark.parametrize(("p_lost", "p_gained"), [(0.02, 0.02), (0.1, 0.05), (0.2, 0.0), (0.0, 0.0), (0.3, 0.3)])
 def test_interval_covers_the_truth(p_lost: float, p_gained: float) -> None:
     """Exact coverage at 40 examples, over all possible counts, on the library's own numbers."""
     size, covered = 40, 0.0
@@ -169,7 +175,7 @@ def test_interval_covers_the_truth(p_lost: float, p_gained: float) -> None:
                 continue
             old = [0] * lost + [1] * gained + [0] * (size - lost - gained)
             new = [1] * lost + [0] * gained + [0] * (size - lost - gained)
-            result = accuracy_delta(one_hot(old), one_hot(new), labels)
+            result = accuracy_delta(one_hot(new), one_hot(old), labels)
             inside = result.difference_low <= p_gained - p_lost <= result.difference_high
             covered += both * inside
     assert covered > 0.93
@@ -183,7 +189,7 @@ classes = st.integers(0, 2)
 def test_accuracy_delta_is_antisymmetric_and_holds_its_estimate(rows: list[tuple[int, int, int]]) -> None:
     old, new = one_hot([a for a, _, _ in rows]), one_hot([b for _, b, _ in rows])
     labels = torch.tensor([label for _, _, label in rows])
-    result, mirrored = accuracy_delta(old, new, labels), accuracy_delta(new, old, labels)
+    result, mirrored = accuracy_delta(new, old, labels), accuracy_delta(old, new, labels)
     assert result.difference_low <= result.difference <= result.difference_high
     assert mirrored.difference == -result.difference
     assert mirrored.difference_low == pytest.approx(-result.difference_high)
@@ -194,7 +200,7 @@ def test_accuracy_delta_is_antisymmetric_and_holds_its_estimate(rows: list[tuple
 @pytest.mark.parametrize(
     ("baseline", "candidate", "labels", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(3, 3), torch.tensor([0, 1]), r"\(2, 3\) and \(3, 3\)"),
+        (torch.zeros(2, 3), torch.zeros(3, 3), torch.tensor([0, 1]), r"\(3, 3\) and \(2, 3\)"),
         (torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0]), r"labels \(1,\)"),
         (torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), "no examples"),
         (torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 3]), "from 0 to 3"),
@@ -204,21 +210,21 @@ def test_accuracy_delta_is_antisymmetric_and_holds_its_estimate(rows: list[tuple
 )
 def test_accuracy_delta_refuses(baseline: Tensor, candidate: Tensor, labels: Tensor, message: str) -> None:
     with pytest.raises(EvaluationDataError, match=message) as caught:
-        accuracy_delta(baseline, candidate, labels)
+        accuracy_delta(candidate, baseline, labels)
     assert caught.value.code == "HFC502"
 
 
 def test_logits_that_are_no_numbers() -> None:
     broken = torch.tensor([[0.0, math.nan]])
     with pytest.raises(MeasurementError, match="candidate's classification is nan"):
-        accuracy_delta(torch.zeros(1, 2), broken, torch.tensor([0]))
+        accuracy_delta(broken, torch.zeros(1, 2), torch.tensor([0]))
 
 
 def test_evaluate_classifier_is_what_the_models_say(classifier: BertForSequenceClassification) -> None:
     other, tokenizer = disturbed(classifier), make_tokenizer()
     result = evaluate_quality(other, classifier, LABELLED, tokenizer, batch_size=3)
     logits = []
-    for model in (classifier, other):
+    for model in (other, classifier):
         alone = [tokenizer(text, return_tensors="pt") for text, _ in LABELLED]
         with torch.no_grad():
             logits.append(torch.cat([model(**inputs).logits for inputs in alone]))
@@ -229,9 +235,7 @@ def test_evaluate_classifier_is_what_the_models_say(classifier: BertForSequenceC
 
 def test_forms_of_data_agree(classifier: BertForSequenceClassification) -> None:
     other, tokenizer = disturbed(classifier), make_tokenizer()
-    columns = Dataset.from_dict(
-        {"text": TEXTS, "label": [label for _, label in LABELLED], "id": [1, 2, 3, 4]}
-    )
+    columns = Dataset.from_dict({"text": TEXTS, "label": [label for _, label in LABELLED], "id": [1, 2, 3, 4]})
     forms: list[Any] = [LABELLED, tuple(LABELLED), [list(pair) for pair in LABELLED], columns]
     results = [evaluate_quality(other, classifier, data, tokenizer) for data in forms]
     assert all(result == results[0] for result in results)
@@ -254,10 +258,32 @@ def test_image_classifier() -> None:
     assert isinstance(result.result, ClassificationQuality)
     assert result.result.baseline_accuracy == 1
     assert result.max_length is None
-    with pytest.raises(EvaluationDataError, match="pass \\(processor"):
+    with pytest.raises(EvaluationDataError, match="AutoImageProcessor"):
         evaluate_quality(model, model, [(object(), 0)])  # type: ignore[list-item]
     with pytest.raises(EvaluationDataError, match="have shapes"):
         evaluate_quality(model, model, [(images[0], 0), (images[0, :, :4], 1)])
+
+
+class Scaler(ImageProcessingMixin):
+    """A small image processor: rows of whole numbers to [0, 1]."""
+
+    def __call__(self, image: list[list[int]], return_tensors: str) -> BatchFeature:
+        pixels = torch.tensor(image, dtype=torch.float32) / 255
+        return BatchFeature({"pixel_values": pixels[None, None]}, tensor_type=return_tensors)
+
+
+def test_images_go_through_the_processor() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(
+        ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, num_labels=2)
+    ).eval()
+    other = disturbed(model, 0.5)
+    images = torch.randint(0, 256, (5, 8, 8))
+    labels = [0, 1, 0, 1, 0]
+    rows: Any = list(zip(images.tolist(), labels, strict=True))
+    pixels = list(zip(images[:, None] / 255, labels, strict=True))
+    assert evaluate_quality(other, model, rows, Scaler()) == evaluate_quality(other, model, pixels)
 
 
 # --- language model ----------------------------------------------------------------------------------------
@@ -292,24 +318,20 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary(language_model: LlamaFo
 
 def test_perplexity_delta_of_equal_windows_is_the_paired_t_interval(language_model: LlamaForCausalLM) -> None:
     other, windows = disturbed(language_model, 0.05), windows_of(9, 9, 9, 9, 9)
-    result = perplexity_delta(language_model, other, windows, batch_size=2)
+    result = perplexity_delta(other, language_model, windows, batch_size=2)
     old, new = (perplexity(model, windows, batch_size=2) for model in (language_model, other))
-    differences = torch.tensor(new.window_nll, dtype=torch.float64) - torch.tensor(
-        old.window_nll, dtype=torch.float64
-    )
+    differences = torch.tensor(new.window_nll, dtype=torch.float64) - torch.tensor(old.window_nll, dtype=torch.float64)
     mean, error = float(differences.mean()), float(differences.std()) / math.sqrt(5)
     assert result.ratio == pytest.approx(new.perplexity / old.perplexity)
     assert result.ratio == pytest.approx(math.exp(mean))
     assert result.ratio_low == pytest.approx(math.exp(mean - 2.776445 * error), rel=1e-6)
     assert result.ratio_high == pytest.approx(math.exp(mean + 2.776445 * error), rel=1e-6)
-    assert (result.baseline_perplexity, result.candidate_perplexity) == pytest.approx(
-        (old.perplexity, new.perplexity)
-    )
+    assert (result.baseline_perplexity, result.candidate_perplexity) == pytest.approx((old.perplexity, new.perplexity))
 
 
 def test_kl_and_agreement(language_model: LlamaForCausalLM) -> None:
     other, windows = disturbed(language_model, 0.05), windows_of(8, 3, 11)
-    result = perplexity_delta(language_model, other, windows, batch_size=2)
+    result = perplexity_delta(other, language_model, windows, batch_size=2)
     p, q = (torch.cat([oracle_window(model, w) for w in windows]) for model in (language_model, other))
     assert result.kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4)
     assert result.agreement == float((p.argmax(1) == q.argmax(1)).double().mean())
@@ -317,7 +339,7 @@ def test_kl_and_agreement(language_model: LlamaForCausalLM) -> None:
 
 
 def test_a_model_equals_itself(language_model: LlamaForCausalLM) -> None:
-    result = perplexity_delta(language_model, copy.deepcopy(language_model), windows_of(8, 3, 11))
+    result = perplexity_delta(copy.deepcopy(language_model), language_model, windows_of(8, 3, 11))
     assert (result.ratio, result.ratio_low, result.ratio_high) == (1, 1, 1)
     assert (result.kl, result.agreement) == (0, 1)
 
@@ -351,7 +373,7 @@ def test_evaluate_language_model(language_model: LlamaForCausalLM) -> None:
     windows, dropped = text_windows(TEXTS, tokenizer, 6)
     assert result.task == "causal-lm"
     assert result.dropped == dropped == 0
-    assert result.result == perplexity_delta(language_model, other, windows, 2)
+    assert result.result == perplexity_delta(other, language_model, windows, 2)
     assert evaluate_quality(other, language_model, LABELLED, tokenizer, max_length=6, batch_size=2) == result
     column = Dataset.from_dict({"text": TEXTS})
     assert evaluate_quality(other, language_model, column, tokenizer, max_length=6, batch_size=2) == result
@@ -375,11 +397,11 @@ def test_language_model_refusals(language_model: LlamaForCausalLM) -> None:
 def test_broken_language_models(language_model: LlamaForCausalLM) -> None:
     wider = LlamaForCausalLM(llama_config(vocab_size=len(WORDS) + 1))
     with pytest.raises(MeasurementError, match="vocabulary is 15 and the candidate's 16"):
-        perplexity_delta(language_model, wider, windows_of(5, 6))
+        perplexity_delta(wider, language_model, windows_of(5, 6))
     broken = copy.deepcopy(language_model)
     nn.init.constant_(broken.lm_head.weight, math.nan)
     with pytest.raises(MeasurementError, match="NaN"):
-        perplexity_delta(language_model, broken, windows_of(5, 6))
+        perplexity_delta(broken, language_model, windows_of(5, 6))
     with pytest.raises(MeasurementError, match="NaN"):
         perplexity(broken, windows_of(5, 6))
     nn.init.normal_(broken.lm_head.weight, std=1e6)
@@ -399,7 +421,7 @@ def test_mean_pool_sees_no_padding() -> None:
 def test_embedding_similarity_by_hand() -> None:
     angles = torch.tensor([0.0, 0.1, 0.2, 0.3], dtype=torch.float64)
     turned = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    result = embedding_similarity(torch.tensor([[1.0, 0.0]] * 4), turned)
+    result = embedding_similarity(turned, torch.tensor([[1.0, 0.0]] * 4))
     cosines = angles.cos()
     assert result.mean == pytest.approx(float(cosines.mean()), rel=1e-12)
     assert result.min == pytest.approx(math.cos(0.3), rel=1e-12)
@@ -428,7 +450,7 @@ def test_embedding_refusals() -> None:
     with pytest.raises(EvaluationDataError, match="1 text"):
         embedding_similarity(torch.ones(1, 3), torch.ones(1, 3))
     with pytest.raises(MeasurementError, match="zero or not finite"):
-        embedding_similarity(torch.ones(2, 3), torch.zeros(2, 3))
+        embedding_similarity(torch.zeros(2, 3), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("build", [lambda: BertModel(bert_config()), lambda: LlamaModel(llama_config())])
@@ -455,9 +477,7 @@ def test_padding_does_not_shift_absolute_positions() -> None:
     model = GPT2Model(config).eval()
     other, tokenizer = disturbed(model, 0.3), make_tokenizer()
     tokenizer.padding_side = "left"
-    together, alone = (
-        evaluate_quality(other, model, TEXTS, tokenizer, batch_size=size).result for size in (4, 1)
-    )
+    together, alone = (evaluate_quality(other, model, TEXTS, tokenizer, batch_size=size).result for size in (4, 1))
     assert isinstance(together, EmbeddingQuality)
     assert isinstance(alone, EmbeddingQuality)
     assert together.min == pytest.approx(alone.min, abs=1e-6)
@@ -522,7 +542,8 @@ def test_arguments_that_do_not_fit(
         with pytest.raises(error, match=message):
             evaluate_quality(**{**call, **arguments})
 
-    refuse("no tokenizer", tokenizer=None)
+    refuse("tokenizer is a NoneType", tokenizer=None)
+    refuse("tokenizer is a Scaler", tokenizer=Scaler())
     refuse("no padding token", tokenizer=make_tokenizer(pad=None))
     refuse("batch_size=0", batch_size=0)
     refuse("max_length=33 is not from 2 to the model's 32", max_length=33)
@@ -540,18 +561,23 @@ def test_decoder_classifier_reads_the_last_token() -> None:
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(llama_config(num_labels=3, pad_token_id=0)).eval()
     other, tokenizer = disturbed(model, 0.3), make_tokenizer()
-    together, alone = (
-        evaluate_quality(other, model, LABELLED, tokenizer, batch_size=size) for size in (4, 1)
-    )
+    together, alone = (evaluate_quality(other, model, LABELLED, tokenizer, batch_size=size) for size in (4, 1))
     assert together == alone
     tokenizer.padding_side = "left"
     assert evaluate_quality(other, model, LABELLED, tokenizer, batch_size=4) == alone
     for pad in (None, 1):
         model.config.pad_token_id = pad
-        with pytest.raises(
-            EvaluationDataError, match=f"pads with id 0, but the model's pad_token_id is {pad}"
-        ):
+        with pytest.raises(EvaluationDataError, match=f"pads with id 0, but the model's pad_token_id is {pad}"):
             evaluate_quality(other, model, LABELLED, tokenizer)
+
+
+@pytest.mark.parametrize("pad", [None, 5])
+def test_encoder_classifier_goes_by_the_mask(classifier: BertForSequenceClassification, pad: int | None) -> None:
+    other, tokenizer = disturbed(classifier), make_tokenizer()
+    expected = evaluate_quality(other, classifier, LABELLED, tokenizer, batch_size=1)
+    for model in (classifier, other):
+        model.config.pad_token_id = pad
+    assert evaluate_quality(other, classifier, LABELLED, tokenizer, batch_size=4) == expected
 
 
 def test_positions_under_another_name() -> None:
@@ -574,9 +600,7 @@ def test_training_flags_come_back(classifier: BertForSequenceClassification) -> 
     assert [module.training for module in other.modules()] == before
 
 
-def test_results_are_strict_json(
-    classifier: BertForSequenceClassification, language_model: LlamaForCausalLM
-) -> None:
+def test_results_are_strict_json(classifier: BertForSequenceClassification, language_model: LlamaForCausalLM) -> None:
     tokenizer = make_tokenizer()
     results = [
         evaluate_quality(classifier, classifier, LABELLED, tokenizer),

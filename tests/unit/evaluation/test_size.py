@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from hf_compress.core.errors import CheckpointNotFoundError, CorruptCheckpointError, MeasurementError
 from hf_compress.evaluation.size import DiskBytes, dense_bytes, disk_bytes, resident_bytes
+
+
+@pytest.fixture(autouse=True)
+def _own_rng() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
 
 
 class Packed(torch.Tensor):
@@ -89,9 +96,7 @@ def test_tied_weights_count_once() -> None:
 
 def test_a_real_model_is_the_sum_of_its_tensors() -> None:
     model = BertModel(
-        BertConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-        )
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     )
     tensors = [*model.parameters(), *model.buffers()]
     assert dense_bytes(model) == sum(t.numel() * t.element_size() for t in tensors)
