@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "2"
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,16 @@ from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.worker import CleanWorker
 from tests._utils.tiny import tiny as build_tiny
+
+_SEEDED = ("unit/evaluation",)
+"""Folders whose tests build models from torch's global state; new tests take `fork_rng` or the marker."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(tests).as_posix().startswith(_SEEDED):
+            item.add_marker(pytest.mark.touches_rng)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,7 +54,9 @@ def _same_rng(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that changed torch's global random state: the package never may, and a test needs to say so."""
     before = torch.random.get_rng_state()
     yield
-    if request.node.get_closest_marker("touches_rng") is None and not torch.equal(before, torch.random.get_rng_state()):
+    if request.node.get_closest_marker("touches_rng") is None and not torch.equal(
+        before, torch.random.get_rng_state()
+    ):
         pytest.fail(
             "The test changed torch's global random state. Use torch.Generator or torch.random.fork_rng, or mark the "
             "test with @pytest.mark.touches_rng if it must."

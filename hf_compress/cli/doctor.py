@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from .. import _version
 from . import options
 from .output import Output, size
 
@@ -25,7 +26,6 @@ NAME = "doctor"
 EXAMPLES = ("hf-compress doctor", "hf-compress doctor --json")
 
 _REQUIRED = (
-    "hf-compress",
     "torch",
     "transformers",
     "compressed-tensors",
@@ -82,7 +82,8 @@ def command(ctx: typer.Context, as_json: options.AsJson = False, quiet: options.
     machine = environment()
     cache = Path(HF_HUB_CACHE)
     with output.status("Probing"):
-        versions = {name: package_version(name) for name in _REQUIRED}
+        installed = {name: package_version(name) for name in _REQUIRED}
+        versions = {"hf-compress": _version.__version__, **installed}
         kernels = _kernels()
         packages = _packages()
     memory, disk = psutil.virtual_memory().available, shutil.disk_usage(_existing(cache)).free

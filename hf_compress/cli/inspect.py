@@ -51,6 +51,7 @@ def command(
         "min_coverage": min_coverage,
         "format": format,
     }
+    output.calm_libraries()
     if method is not None:
         _forecast(output, model, options.configuration(method, **given), every)
         return

@@ -42,9 +42,17 @@ class Output:
             ctx.with_resource(contextlib.redirect_stdout(sys.stderr))
         return output
 
+    def calm_libraries(self) -> None:
+        """Leave progress bars to the commands; with `--quiet`, also silence warnings of transformers."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        if self.quiet:
+            logging.set_verbosity_error()
+
     def text(self, *lines: str) -> None:
         """Print lines for people."""
-        if not self.as_json and not self.quiet:
+        if lines and not self.as_json and not self.quiet:
             typer.echo("\n".join(lines), file=self._stdout)
 
     def fields(self, values: Mapping[str, str]) -> None:
@@ -101,7 +109,11 @@ class Output:
         covered = sum(row.covered for row in plan.rows)
         self.text(f"{plan.method}: {covered} of {len(plan.rows)} weights, coverage {plan.coverage:.1%}")
         self.table(
-            (label, f"{entry['weights']} weights", f"{entry['parameters']:,} values")
+            (
+                label,
+                f"{entry['weights']} weight{'s' if entry['weights'] != 1 else ''}",
+                f"{entry['parameters']:,} values",
+            )
             for label, entry in plan.by_scheme().items()
         )
 

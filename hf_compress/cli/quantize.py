@@ -66,6 +66,7 @@ def command(
         min_coverage=min_coverage,
         format=format,
     )
+    output.calm_libraries()
     forecast = _checked(model, config, out, overwrite, dry_run)
     if dry_run:
         show_forecast(output, forecast)
@@ -102,10 +103,15 @@ def _checked(model: str, config: QuantConfig, out: Path, overwrite: bool, dry_ru
     """
     from .. import preflight
     from ..checkpoint.atomic import check_output, recover
+    from ..core.errors import OutputExistsError
 
     if not dry_run:
         recover(out)
-    check_output(out, overwrite)
+    try:
+        check_output(out, overwrite)
+    except OutputExistsError as error:
+        fix = error.fix.replace("overwrite=True", "--overwrite")
+        raise OutputExistsError(error.message, fix) from None
     return preflight(model, config)
 
 
@@ -113,11 +119,8 @@ def _quantize(
     output: Output, model: str, config: QuantConfig, out: Path, overwrite: bool, forecast: Preflight
 ) -> None:
     """Quantize, save and report."""
-    from transformers.utils import logging
-
     from .. import quantize, save
 
-    logging.disable_progress_bar()
     with output.progress("Quantizing") as advance:
         quantized = quantize(model, config, progress=advance)
     processor, problem = _processor(model)

@@ -27,6 +27,7 @@ def command(
     from .. import verify
 
     output = Output.of(ctx, as_json, quiet)
+    output.calm_libraries()
     with output.status("Proving"):
         proof = verify(path)
     output.text(f"{path}: proof {proven(proof)}")

@@ -96,6 +96,17 @@ def dense_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
 
 
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that a dense checkpoint of the model holds, each once.
+
+    Unlike `dense_bytes` without buffers that are not saved; tied weights count once. The file's header, some bytes
+    per tensor, is not in it.
+    """
+    stored = model.state_dict(keep_vars=True).values()
+    tensors = {id(value): value for value in stored if isinstance(value, Tensor)}
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+
+
 def disk_bytes(path: str | os.PathLike[str]) -> DiskBytes:
     """Bytes of a checkpoint on disk, weight files apart.
 

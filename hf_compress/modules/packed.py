@@ -19,6 +19,10 @@ from torch import Tensor
 from ..core.registry import Quantized
 
 
+CHUNK = 1 << 15
+"""Codes packed at a time, so that temporary memory does not grow with the weight."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The static part of a packed weight.
@@ -102,25 +106,29 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
-    """compressed-tensors' int32 words of int8 codes: … × columns → … × ceil(columns · bits / 32).
-
-    Bit widths that divide a byte take a path of byte operations, with the same result.
-    """
+    """compressed-tensors' int32 words of int8 codes: … × columns → … × ceil(columns · bits / 32)."""
     flat = codes.reshape(-1, codes.shape[-1])
+    words = torch.empty(words_shape(tuple(flat.shape), bits), dtype=torch.int32, device=codes.device)
+    step = max(1, CHUNK // max(1, flat.shape[1]))
+    for start in range(0, len(flat), step):
+        words[start : start + step] = _words(flat[start : start + step], bits)
+    return words.view(words_shape(tuple(codes.shape), bits))
+
+
+def _words(rows: Tensor, bits: int) -> Tensor:
+    """The words of a block of rows; bit widths that divide a byte take a path of byte operations."""
     if 8 % bits or sys.byteorder != "little":
-        words = pack_to_int32(flat, bits)
-    else:
-        per_byte = 8 // bits
-        padding = -codes.shape[-1] % (32 // bits)
-        unsigned = (flat + (1 << (bits - 1)) if bits < 8 else flat ^ -128).view(torch.uint8)
-        if padding:
-            unsigned = torch.nn.functional.pad(unsigned, (0, padding))
-        lanes = unsigned.view(flat.shape[0], -1, per_byte)
-        merged = lanes[..., 0].contiguous()
-        for lane in range(1, per_byte):
-            merged |= lanes[..., lane] << (lane * bits)
-        words = merged.view(torch.int32)
-    return words.view(*codes.shape[:-1], words.shape[-1])
+        return pack_to_int32(rows, bits)
+    per_byte = 8 // bits
+    padding = -rows.shape[-1] % (32 // bits)
+    unsigned = (rows + (1 << (bits - 1)) if bits < 8 else rows ^ -128).view(torch.uint8)
+    if padding:
+        unsigned = torch.nn.functional.pad(unsigned, (0, padding))
+    lanes = unsigned.view(len(rows), -1, per_byte)
+    merged = lanes[..., 0].contiguous()
+    for lane in range(1, per_byte):
+        merged |= lanes[..., lane] << (lane * bits)
+    return merged.view(torch.int32)
 
 
 def from_words(words: Tensor, bits: int, columns: int) -> Tensor:

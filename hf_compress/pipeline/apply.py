@@ -18,7 +18,7 @@ from ..modules.packed import PackedTensor, dequantize, pack
 Progress = Callable[[int, int], None]
 """Called with the number of weights done and the number planned."""
 
-CHUNK = 1 << 20
+CHUNK = 1 << 15
 
 
 def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTensor, float | None]:
@@ -41,8 +41,9 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
     run = METHODS.get(method).quantize
     if run is None:
         raise ValueError(f"the method {method!r} packs nothing")
-    packed = pack(run(weight, layout.weights), layout)
-    return packed, sqnr_db(weight, packed)
+    quantized = run(weight, layout.weights)
+    unpacked = PackedTensor(layout, quantized.codes, quantized.scale, quantized.zero_point)
+    return pack(quantized, layout), sqnr_db(weight, unpacked)
 
 
 def check_values(name: str, weight: Tensor) -> None:
@@ -53,7 +54,7 @@ def check_values(name: str, weight: Tensor) -> None:
     """
     if weight.numel() == 0:
         raise WeightValueError(f"{name} has no values (shape {tuple(weight.shape)}).", f'skip=["{name}"]')
-    low, high = torch.aminmax(weight)
+    low, high = weight.amin(), weight.amax()
     if torch.isfinite(low) and torch.isfinite(high):
         return
     nan, infinite = int(weight.isnan().sum()), int(weight.isinf().sum())
@@ -64,17 +65,19 @@ def check_values(name: str, weight: Tensor) -> None:
 
 
 def sqnr_db(weight: Tensor, packed: PackedTensor) -> float | None:
-    """Signal-to-quantization-noise ratio, 10·log10(Σw² / Σ(w - ŵ)²), accumulated in float64; None when exact.
+    """Signal-to-quantization-noise ratio, 10·log10(Σw² / Σ(w - ŵ)²); None when exact.
+
+    Norms of blocks are taken in float32 and their squares added in float64.
 
     Args:
         weight: Canonical dense weight.
-        packed: Its packed form.
+        packed: Its packed form; codes may still be int8.
     """
     signal = noise = 0.0
     for block, part in _blocks(weight, packed):
-        dense = block.double()
-        signal += float(dense.square().sum())
-        noise += float((dense - dequantize(part).double()).square().sum())
+        dense = block.float()
+        signal += float(torch.linalg.vector_norm(dense)) ** 2
+        noise += float(torch.linalg.vector_norm(dequantize(part).float().sub_(dense))) ** 2
     if noise == 0.0:
         return None
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
