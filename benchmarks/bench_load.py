@@ -35,7 +35,7 @@ DEPTH = Bar(
 )
 BARS = (EXTRA, PEAK, DEPTH)
 ROUNDS, MEMORY_ROUNDS = 9, 5
-LAYERS = 6
+LAYERS = 3
 """L of the random Llama; its largest weight has 64 MiB."""
 
 
@@ -89,7 +89,7 @@ def random_llama(folder: Path, layers: int, smoke: bool) -> Path:
 def depths(smoke: bool, rounds: int) -> dict[int, dict[str, Any]]:
     """Growth and packed bytes of a random Llama with L and 2 L layers; one exists on disk at a time."""
     found = {}
-    for layers in (LAYERS // 3, 2 * (LAYERS // 3)) if smoke else (LAYERS, 2 * LAYERS):
+    for layers in (LAYERS, 2 * LAYERS):
         with tempfile.TemporaryDirectory() as folder:
             path = random_llama(Path(folder), layers, smoke)
             packed, largest = plan_sizes(path)

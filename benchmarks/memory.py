@@ -35,7 +35,8 @@ def load_once(path: Path, config: dict[str, Any] | None, sample: bool) -> dict[s
             seconds of such a round are not used.
 
     Returns:
-        `seconds`, `cpu_seconds` of all threads, and growth over the memory after the imports in bytes: `final`, and with `sample` `peak`.
+        `seconds`, `cpu_seconds` of all threads, and growth over the memory after the imports in bytes: `final`,
+        and with `sample` `peak`.
     """
     command = [sys.executable, __file__, str(path), json.dumps(config)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:

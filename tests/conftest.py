@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from hf_compress.checkpoint.worker import CleanWorker
 from tests._utils.tiny import tiny as build_tiny
 
-_SEEDED = ("unit/evaluation",)
-"""Folders whose tests build models from torch's global state; new tests take `fork_rng` or the marker."""
+_SEEDED = ("unit/evaluation", "unit/checkpoint/test_inputs.py")
+"""Places whose tests build models from torch's global state; new tests take `fork_rng` or the marker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,6 +35,7 @@ _FIXES = {
     errno.EPERM: "choose a directory you may write to.",
     errno.EROFS: "the file system is read-only: save to another one.",
     errno.ENAMETOOLONG: "choose a shorter name.",
+    errno.EEXIST: "a part of the path is a file: choose another path.",
     errno.ENOTDIR: "a part of the path is a file: choose another path.",
     errno.EBUSY: "the path is in use as a mount point: save to a directory inside it.",
     errno.EXDEV: "the path is on another file system than its parent: save to a directory inside it.",
@@ -89,9 +90,11 @@ def recover(path: Path) -> bool:
     Raises:
         WriteError: The previous output is there but can't be renamed back.
     """
-    path = path.resolve()
-    if not path.parent.is_dir():
-        return False
+    with disk_errors(path):
+        path = path.resolve()
+        if not path.parent.is_dir():
+            return False
+        path.lstat() if path.is_symlink() else path.exists()
     for stale in _stale_siblings(path):
         shutil.rmtree(stale, ignore_errors=True)
     old = _old(path)

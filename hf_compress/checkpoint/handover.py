@@ -138,9 +138,9 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
     model.add_model_tags(["hf_compress", plan.method])
 
 
-def plan_of(model: nn.Module) -> Plan | None:
+def plan_of(model: object) -> Plan | None:
     """The plan of a model that this package compressed, or None."""
-    found = vars(model).get(_PLAN)
+    found = vars(model).get(_PLAN) if isinstance(model, nn.Module) else None
     return found if isinstance(found, Plan) else None
 
 

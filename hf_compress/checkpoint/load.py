@@ -21,10 +21,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..core.config import REQUEST
 from ..core.errors import CorruptCheckpointError, UnsupportedModelError
 from ..core.plan import Plan, PlanRow
+from ..core.weights import list_weights
 from ..formats.base import format_of
 from ..modules.packed import PackedTensor
+from .handover import hand_over
 from .record import open_weights, read_config, read_record, weight_files
 from .session import LoadSession
+from .stock import damaged_if_it_fails, load_complete
 
 
 class ReadRequest(QuantizationConfigMixin):
@@ -44,6 +47,7 @@ class ReadRequest(QuantizationConfigMixin):
 
     def session(self, model: PreTrainedModel) -> LoadSession:
         """A load session whose packer decodes instead of quantizing."""
+        check_plan(self.plan, model)
         layout = format_of(self.plan)
         renamed = _renamed(self.tensors, model)
         noise = {row.name: row.sqnr_db for row in self.plan.rows}
@@ -73,13 +77,38 @@ def load_packed(path: Path) -> PreTrainedModel:
     state = {key: value for key, value in tensors.items() if key not in packed}
     state |= dict.fromkeys((row.key for row in record.plan.quantized), placeholder)
     request = ReadRequest(record.plan, {key: tensors[key] for key in packed})
-    model: PreTrainedModel = architecture.from_pretrained(
-        None, config=config, state_dict=state, quantization_config=request if record.plan.quantized else None
-    )
+    with damaged_if_it_fails(str(path)):
+        model = load_complete(
+            architecture,
+            None,
+            config=config,
+            state_dict=state,
+            quantization_config=request if record.plan.quantized else None,
+        )
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
     model.config.name_or_path = str(path)
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    if not record.plan.quantized:
+        hand_over(model, record.plan)
     return model
+
+
+def check_plan(plan: Plan, model: PreTrainedModel) -> None:
+    """Compare the plan of a checkpoint with the model that its config describes.
+
+    Raises:
+        CorruptCheckpointError: A quantized weight does not exist in the model, or has another form.
+    """
+    weights = {(weight.module, weight.parameter): weight for weight in list_weights(model)}
+    for row in plan.quantized:
+        weight = weights.get((row.module, row.parameter))
+        planned = (row.name, row.kind, row.shape, row.transposed, row.parts)
+        if weight is None or planned != (weight.name, weight.kind, weight.shape, weight.transposed, weight.parts):
+            raise CorruptCheckpointError(
+                f"The plan's row for {row.name} does not fit the model: {type(model).__name__} has "
+                f"{'no such weight' if weight is None else f'{weight.kind} {weight.shape}'}.",
+                "save the model again",
+            )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -103,14 +132,19 @@ def _config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     values = read_config(path)
     names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    kind = vars(transformers).get(str(name)) or getattr(transformers, str(name), None)
+    kind: Any = getattr(transformers, str(name), None)
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise UnsupportedModelError(
             f"{path / 'config.json'} names the architecture {name!r}, which transformers {transformers.__version__} "
             "does not have.",
             "install the version of transformers that has it",
         )
-    config = AutoConfig.from_pretrained(path)
+    with damaged_if_it_fails(str(path / "config.json")):
+        config = AutoConfig.from_pretrained(path)
+    if not isinstance(config, kind.config_class):
+        raise UnsupportedModelError(
+            f"{path / 'config.json'} has a {type(config).__name__}, which {name} can't use.", "restore the config"
+        )
     if "quantization_config" in vars(config):
         del config.quantization_config
     return config, kind

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.errors import CorruptCheckpointError, ProofError, listed
+from ..core.errors import CorruptCheckpointError, InputError, ProofError, listed
 from ..core.plan import Plan
 from ..formats.base import CheckpointFormat, encode_model, format_of
 from ..modules.kernels.choose import reference_kernels
@@ -125,8 +125,9 @@ def _prove(subject: Subject) -> Proof:
 
 def _full(subject: Subject) -> Proof:
     """Stock reload of the whole model in the clean process."""
+    expected = _reference(subject.model, subject.inputs)
     answer, outputs = _stock_forward(subject, subject.path, subject.inputs)
-    checks = compare(_reference(subject.model, subject.inputs), outputs, subject.limit)
+    checks = compare(expected, outputs, subject.limit)
     resident = (int(answer["resident_bytes_before"]), int(answer["resident_bytes_after"]))
     return Proof(level="full", reader=_reader(answer), checks=checks, resident_bytes=resident)
 
@@ -211,6 +212,11 @@ def _reference(model: PreTrainedModel, inputs: Sequence[InputSet]) -> dict[str, 
     with reference_kernels(model):
         try:
             return run_inputs(model.eval(), list(inputs))
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{type(model).__name__} can't run the inputs of the proof: {error}",
+                "pass inputs=[...] that it can run",
+            ) from error
         finally:
             model.train(training)
 

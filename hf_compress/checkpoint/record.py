@@ -117,7 +117,10 @@ def read_record(path: Path) -> Record:
 def _record_text(path: Path) -> str | None:
     """The record's JSON, from its file or from the weights' metadata; None if there is none."""
     if (path / FILE).is_file():
-        return (path / FILE).read_text(encoding="utf-8")
+        try:
+            return (path / FILE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptCheckpointError(f"{path / FILE} can't be read: {error}.", "save the model again") from None
     for file in weight_files(path):
         with open_weights(file) as tensors:
             text = (tensors.metadata() or {}).get(KEY)

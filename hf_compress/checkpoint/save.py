@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.errors import ConfigError, UnsupportedModelError
+from ..core.errors import CheckpointNotFoundError, ConfigError, UnsupportedModelError, WriteError
 from .atomic import atomic_directory, check_output, disk_errors, ensure_space, recover
 from .handover import plan_of
 from .inputs import InputSet, normalise_inputs
@@ -58,7 +58,7 @@ def save(
         ProofError: It does not reload to the same outputs. Nothing is left behind.
         OutputExistsError, WriteError, UnsupportedModelError, ConfigError: As their names say.
     """
-    target = Path(path)
+    target = output_path(path)
     plan = plan_of(model)
     if not isinstance(model, PreTrainedModel) or plan is None:
         raise UnsupportedModelError(
@@ -98,7 +98,7 @@ def verify(path: str | Path, *, worker: CleanWorker | None = None, inputs: Seque
         CorruptCheckpointError: Files are damaged or were changed since they were proven.
         CheckpointNotFoundError: There is no checkpoint of ours.
     """
-    source = Path(path)
+    source = checkpoint_path(path)
     recover(source)
     record = read_record(source)
     check_files(source, record.proof.files)
@@ -121,9 +121,37 @@ def load(path: str | Path) -> PreTrainedModel:
         CheckpointNotFoundError: There is no checkpoint of ours.
         CorruptCheckpointError: It is damaged or inconsistent.
     """
-    source = Path(path)
+    source = checkpoint_path(path)
     recover(source)
     return load_packed(source)
+
+
+def output_path(path: object) -> Path:
+    """The output directory.
+
+    Raises:
+        ConfigError: It is not a path.
+        WriteError: No file can have that name.
+    """
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"path is a {type(path).__name__}.", "pass a directory name")
+    if "\0" in str(path):
+        raise WriteError(f"{str(path)!r} has a null byte.", "choose another name")
+    return Path(path)
+
+
+def checkpoint_path(path: object) -> Path:
+    """The directory of a checkpoint to read.
+
+    Raises:
+        UnsupportedModelError: It is not a path.
+        CheckpointNotFoundError: No file can have that name.
+    """
+    if not isinstance(path, str | Path):
+        raise UnsupportedModelError(f"Expected a directory, got {type(path).__name__}.", "pass the checkpoint's path")
+    if "\0" in str(path):
+        raise CheckpointNotFoundError(f"{str(path)!r} has a null byte.", "check the path")
+    return Path(path)
 
 
 def _worker(given: CleanWorker | None) -> Any:

@@ -29,6 +29,7 @@ REQUEST = "hf_compress"
 """The `quant_method` of requests. Never written to a checkpoint."""
 
 GroupSize = Annotated[int, Field(strict=True, ge=1)] | Literal["channel", "tensor"]
+Pattern = Annotated[str, Field(min_length=1)]
 Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,19 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pattern: Annotated[str, Field(min_length=1)]
+    pattern: Pattern
     keep: Annotated[bool, Field(strict=True)] | None = None
     bits: Bits | None = None
     group_size: GroupSize | None = None
     symmetric: Annotated[bool, Field(strict=True)] | None = None
 
     _channel = field_validator("group_size", mode="before")(_channel)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _config_error(type(self), error) from None
 
     def settings(self) -> dict[str, Any]:
         """The scheme settings that this rule changes."""
@@ -80,11 +87,11 @@ class QuantFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    skip: tuple[str, ...] = ()
+    skip: tuple[Pattern, ...] = ()
     rules: tuple[Rule, ...] = ()
     default_rules: Annotated[bool, Field(strict=True)] = True
     embeddings: Literal["keep", "int8"] = "keep"
-    min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.9
+    min_coverage: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.9
     format: Literal["auto", "compressed-tensors", "guarded"] = "auto"
 
 
@@ -138,10 +145,16 @@ class QuantConfig(QuantizationConfigMixin):
         cls.__signature__ = cls.fields_type.__signature__
 
     def __init__(self, *, calibration: Any = None, **fields: Any) -> None:
+        if type(self) is QuantConfig:
+            raise ConfigError(
+                "QuantConfig is the base of all configurations.", "use for example RTNQuantConfig(bits=4)"
+            )
         self.quant_method = REQUEST
         self.fields = validate(self.fields_type, fields)
         self.progress: Callable[[int, int], None] | None = None
-        self.calibration = calibration if isinstance(calibration, Calibration | None) else Calibration(calibration)
+        self.calibration = (
+            calibration if isinstance(calibration, Calibration) or calibration is None else Calibration(calibration)
+        )
         if self.calibration is not None and not self.spec.needs_data:
             raise CalibrationError(
                 f"{type(self).__name__} needs no calibration data, but some was given.",
@@ -158,6 +171,18 @@ class QuantConfig(QuantizationConfigMixin):
         """The data type that the whole model is loaded in, where the request decides it."""
         return None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).fields_type.model_fields:
+            raise ConfigError(
+                f"{type(self).__name__} is frozen; {name} can't be changed.", f"make a new one with {name}={value!r}"
+            )
+        super().__setattr__(name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.fields == vars(other).get("fields")
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __getattr__(self, name: str) -> Any:
         if name in type(self).fields_type.model_fields:
             return getattr(self.fields, name)
@@ -171,6 +196,10 @@ class QuantConfig(QuantizationConfigMixin):
             ConfigError: `method` is missing, or a key is unknown and the dictionary isn't of a newer version.
             MethodError: The method is not registered.
         """
+        if not isinstance(config_dict, dict) or not all(isinstance(key, str) for key in config_dict):
+            raise ConfigError(
+                f"Expected a dictionary with names as keys, got {config_dict!r}.", 'write {"method": "rtn"}'
+            )
         values = {**config_dict, **kwargs}
         values.pop("quant_method", None)
         written_by = values.pop("version", None)
@@ -222,22 +251,25 @@ def validate(fields_type: type[QuantFields], values: dict[str, Any]) -> QuantFie
 
 def _config_error(fields_type: type[BaseModel], error: ValidationError) -> ConfigError:
     """The first problem that pydantic found, as a `ConfigError`."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"][:3])
-    known = list(fields_type.model_fields)
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    field, *inner = first["loc"]
+    place = ".".join(str(part) for part in (field, *inner[:2])) if field == "rules" else str(field)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return ConfigError(f"In {place}: {cause.message}", cause.fix)
     if first["type"] == "extra_forbidden":
-        owner = Rule if len(first["loc"]) > 1 else fields_type
-        key = str(first["loc"][-1])
-        hint = nearest(key, owner.model_fields)
+        owner = Rule if inner else fields_type
+        hint = nearest(str(first["loc"][-1]), owner.model_fields)
         return ConfigError(f"Unknown key {place!r}. {hint}".rstrip(), f"known keys: {', '.join(owner.model_fields)}")
-    if place in ("skip", "rules"):
-        return ConfigError(f"{place}={first['input']!r} is not a list.", f'write {place}=["pattern"]')
-    expected = "; ".join(
-        sorted({item["msg"] for item in error.errors(include_url=False) if item["loc"][0] == first["loc"][0]})
-    )
-    return ConfigError(
-        f"{place}={first['input']!r} is not possible: {expected}.", f"see the fields {', '.join(known)}"
-    )
+    if first["type"] == "too_long":
+        return ConfigError(f"This method takes no {place}, got {first['input']!r}.", f"leave {place} out")
+    if first["type"] in ("tuple_type", "iterable_type"):
+        example = '[{"pattern": "lm_head", "bits": 8}]' if field == "rules" else '["pattern"]'
+        return ConfigError(f"{place}={first['input']!r} is not a list.", f"write {place}={example}")
+    expected = "; ".join(sorted({item["msg"] for item in errors if item["loc"][0] == field}))
+    known = ", ".join(fields_type.model_fields)
+    return ConfigError(f"{place}={first['input']!r} is not possible: {expected}.", f"see the fields {known}")
 
 
 def _is_newer(written_by: object) -> bool:

@@ -200,7 +200,7 @@ class GuardedCheckpointError(HFCompressError, ValueError):
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A `Did you mean` clause with the names closest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
     return f"Did you mean {' or '.join(repr(found) for found in close)}?" if close else ""
 
 

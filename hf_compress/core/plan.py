@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 from torch import nn
 
 from . import scheme as schemes
@@ -25,8 +25,6 @@ from .errors import (
 from .registry import FORMATS
 from .rules import Decision, resolve
 from .weights import Role, Weight, WeightKind, list_weights, small_parameters
-
-SCHEMA = 1
 
 
 def _itemsize(dtype: str) -> int:
@@ -68,10 +66,10 @@ class PlanRow(BaseModel):
     parameter: str
     kind: WeightKind
     owner: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4)]
     transposed: bool
     dtype: str
-    parameters: int
+    parameters: NonNegativeInt
     scheme: str
     quantization: QuantizationScheme | None
     cast: str | None = None
@@ -80,6 +78,20 @@ class PlanRow(BaseModel):
     tied_to: str | None = None
     parts: tuple[str, ...] = ()
     sqnr_db: float | None = None
+
+    @field_validator("dtype", "cast")
+    @classmethod
+    def _known_dtype(cls, value: str | None) -> str | None:
+        if value is not None and value not in DTYPES:
+            raise ValueError(f"{value!r} is no data type")
+        return value
+
+    @field_validator("quantization")
+    @classmethod
+    def _has_grid(cls, value: QuantizationScheme | None) -> QuantizationScheme | None:
+        if value is not None and value.weights is None:
+            raise ValueError("a quantized weight needs weight arguments")
+        return value
 
     @property
     def key(self) -> str:
@@ -121,7 +133,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = SCHEMA
+    schema_version: Literal[1] = 1
     method: str
     request: dict[str, Any]
     format: str
@@ -129,6 +141,13 @@ class Plan(BaseModel):
     small_parameters: int
     stock_dequantize: bool = False
     notes: tuple[str, ...] = ()
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value not in FORMATS.names():
+            raise ValueError(f"{value!r} is no format of this version; known: {', '.join(FORMATS.names())}")
+        return value
 
     @property
     def quantized(self) -> tuple[PlanRow, ...]:
@@ -185,6 +204,7 @@ def build_plan(
         format="guarded",
         rows=rows,
         small_parameters=small_parameters(model),
+        notes=config.spec.notes(config.fields) if config.spec.notes is not None else (),
     )
     return plan.model_copy(update={"format": choose_format(plan, config.fields.format)})
 
@@ -256,6 +276,8 @@ def _scheme(
     """The scheme of a weight that rules leave in scope, or why it is kept."""
     if not weight.dtype.is_floating_point:
         return f"not a floating-point weight ({_name(weight.dtype)})"
+    if weight.dtype.itemsize < 2:
+        return f"8 bits already ({_name(weight.dtype)})"
     fields = _with_settings(config, decision)
     if config.spec.quantize is None:
         return config.spec.scheme(fields, weight)
@@ -294,10 +316,11 @@ def _check_groups(rows: Sequence[PlanRow]) -> None:
     widths = {row.shape[-1] for row in rows if row.quantization is not None}
     fitting = [candidate for candidate in (256, 128, 64, 32, 16, 8) if not any(width % candidate for width in widths)]
     options = [f"group_size={fitting[0]}"] if fitting else []
+    skip = ", ".join(f'"{row.name}"' for row in bad[:3]) + (", ..." if len(bad) > 3 else "")
     raise GroupSizeError(
         f"group_size={size} does not divide the {columns} inputs of {bad[0].name} "
         f"({len(bad)} weights: {listed(row.name for row in bad)}). Nothing was read.",
-        " or ".join([*options, 'group_size="channel"', f'skip=["{bad[0].name}"]']),
+        " or ".join([*options, 'group_size="channel"', f"skip=[{skip}]"]),
     )
 
 

@@ -60,6 +60,7 @@ class Method:
         quantize: Quantizes a floating weight (rows × columns or experts × rows × columns); None for pure casts.
         needs_data: Whether calibration data is needed.
         quantizes_activations: Whether the scheme of a linear layer also quantizes its input.
+        notes: Remarks on these fields for the plan, such as what this processor is slow at.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Method:
     quantize: Callable[[Tensor, QuantizationArgs], Quantized] | None = None
     needs_data: bool = False
     quantizes_activations: bool = False
+    notes: Callable[[QuantFields], tuple[str, ...]] | None = None
 
 
 class Format(Protocol):

@@ -63,7 +63,10 @@ def matcher(pattern: str) -> Callable[[str], bool]:
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
-            raise PatternError(f"The pattern {pattern!r} is not a regular expression: {error}.") from None
+            raise PatternError(
+                f"The pattern {pattern!r} is not a regular expression: {error}.",
+                "escape special characters, or write a glob without re:",
+            ) from None
         return lambda name: expression.match(name) is not None
     glob = fnmatch.translate(pattern).removesuffix(r"\z").removesuffix(r"\Z")
     whole = re.compile(rf"(?:.*\.)?(?:{glob})(?:\..*)?\Z", re.DOTALL)

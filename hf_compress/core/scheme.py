@@ -63,6 +63,6 @@ def packed_bytes(shape: tuple[int, ...], args: QuantizationArgs, scale_bytes: in
         args: The weight's grid.
         scale_bytes: Bytes of one scale, the weight's own element size.
     """
-    words = ceil(shape[-1] * args.num_bits / 32) * 4
+    words = shape[-1] if args.num_bits == 8 else ceil(shape[-1] * args.num_bits / 32) * 4
     count = prod(groups(shape, args))
     return prod(shape[:-1]) * words + count * scale_bytes + (0 if args.symmetric else count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import CorruptCheckpointError
@@ -74,14 +75,22 @@ def take(tensors: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def checked(row: PlanRow, packed: PackedTensor, expected: Mapping[str, tuple[int, ...]]) -> PackedTensor:
-    """The packed weight, if codes and scale have the shapes that the plan implies.
+    """The packed weight, if codes and scale have the types, and the shapes that the plan implies.
 
     Raises:
         CorruptCheckpointError: They don't.
     """
+    if packed.codes.dtype not in (torch.int8, torch.int32) or not packed.scale.is_floating_point():
+        raise CorruptCheckpointError(
+            f"{row.name} has codes of {packed.codes.dtype} and scales of {packed.scale.dtype}; expected integers and "
+            "floating-point numbers.",
+            "save it again",
+        )
     seen = {"codes": tuple(packed.codes.shape), "scale": tuple(packed.scale.shape)}
+    if packed.zero_point is not None:
+        seen["zero_point"] = tuple(packed.zero_point.shape)
     for part, shape in expected.items():
-        if seen[part] != shape:
+        if seen.get(part, shape) != shape:
             raise CorruptCheckpointError(
                 f"The {part} of {row.name} have shape {seen[part]}, the plan says {shape}.", "save it again"
             )

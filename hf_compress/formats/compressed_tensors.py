@@ -14,10 +14,11 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor
 
 from ..core import scheme as schemes
+from ..core.errors import CorruptCheckpointError
 from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
-from ..modules.packed import PackedTensor, from_words, pack_codes, to_words, unpack_codes
+from ..modules.packed import PackedTensor, from_words, to_words, words_shape
 from .base import checked, layout_of, take
 
 EXPERTS_TARGET = "re:.*experts.*"
@@ -194,19 +195,27 @@ def _decode(
     layout = layout_of(row)
     bits = layout.weights.num_bits
     scale = take(tensors, f"{name}.weight_scale")
+    grid = schemes.groups(shape, layout.weights)
     if _is_int_quantized(row):
-        return (
-            checked(row, PackedTensor(layout, take(tensors, f"{name}.weight"), scale), {"codes": shape}).codes,
-            scale,
-            None,
-        )
+        packed = PackedTensor(layout, take(tensors, f"{name}.weight"), scale)
+        checked(row, packed, {"codes": shape, "scale": grid})
+        return packed.codes, scale, None
     words = take(tensors, f"{name}.weight_packed")
-    checked(row, PackedTensor(layout, words, scale), {"codes": (shape[0], -(-shape[1] * bits // 32))})
-    codes = pack_codes(from_words(words, bits, shape[1]), bits) if bits == 8 else words
+    checked(row, PackedTensor(layout, words, scale), {"codes": words_shape(shape, bits), "scale": grid})
+    if take(tensors, f"{name}.weight_shape").tolist() != list(shape):
+        raise CorruptCheckpointError(f"{name}.weight_shape is not {list(shape)}, as planned.", "save it again")
+    codes = from_words(words, bits, shape[1]) if bits == 8 else words
     if layout.weights.symmetric:
         return codes, scale, None
-    packed_zero = take(tensors, f"{name}.weight_zero_point")
-    return codes, scale, unpack_codes(packed_zero.t().contiguous(), bits, shape[0]).t().contiguous()
+    zero_words = take(tensors, f"{name}.weight_zero_point").t().contiguous()
+    expected = words_shape((grid[-1], shape[0]), bits)
+    if zero_words.dtype != torch.int32 or tuple(zero_words.shape) != expected:
+        raise CorruptCheckpointError(
+            f"The zero points of {name} are {zero_words.dtype} {tuple(zero_words.t().shape)}, expected int32 "
+            f"{expected[::-1]}.",
+            "save it again",
+        )
+    return codes, scale, from_words(zero_words, bits, shape[0]).t().contiguous()
 
 
 FORMATS.register(CompressedTensorsFormat())

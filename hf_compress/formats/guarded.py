@@ -55,8 +55,9 @@ class GuardedFormat:
         bits = layout.weights.num_bits
         codes, scale, *rest = (take(tensors, key) for key in self.keys(row))
         packed = PackedTensor(layout, codes, scale, rest[0] if rest else None)
+        grid = schemes.groups(row.shape, layout.weights)
         shape = row.shape if bits == 8 else words_shape(row.shape, bits)
-        return checked(row, packed, {"codes": shape, "scale": schemes.groups(row.shape, layout.weights)})
+        return checked(row, packed, {"codes": shape, "scale": grid, "zero_point": grid})
 
 
 FORMATS.register(GuardedFormat())

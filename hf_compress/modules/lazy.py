@@ -22,7 +22,7 @@ _FORM = (
 _CHEAP: set[object] = {
     *(getattr(Tensor, name).__get__ for name in _FORM),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__),
+    *(Tensor.is_floating_point, torch.is_floating_point, torch.is_complex, Tensor.is_complex, Tensor.__len__),
 }
 """What can be answered without values."""
 
@@ -57,7 +57,7 @@ class LazyWeight(Tensor):
         if func in _CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **options)
-        if func is torch.nn.functional.embedding and isinstance(args[1], LazyWeight):
+        if func is torch.nn.functional.embedding and _looks_up_rows(args, options):
             return args[1].packed.rows(args[0])
         if func is Tensor.__getitem__ and isinstance(args[0], LazyWeight):
             part = _expert(args[0].packed, args[1])
@@ -83,11 +83,21 @@ def dense(value: Any) -> Any:
     return value.packed.dense() if isinstance(value, LazyWeight) else value
 
 
+def _looks_up_rows(args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether an embedding call can be answered from packed rows: one scale per row or group, no renormalising."""
+    if len(args) < 2 or not isinstance(args[1], LazyWeight) or options.get("max_norm") is not None:
+        return False
+    layout = args[1].packed.layout
+    renormalised = len(args) > 3 and args[3] is not None
+    return (
+        not renormalised and not layout.transposed and len(layout.shape) == 2 and layout.weights.strategy != "tensor"
+    )
+
+
 def _expert(packed: PackedTensor, index: object) -> Tensor | None:
     """One expert of fused experts, or None when the index is something else."""
-    single = isinstance(index, int) or (
-        isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point()
-    )
+    scalar = isinstance(index, Tensor) and index.ndim == 0 and index.dtype in (torch.int32, torch.int64)
+    single = scalar or (isinstance(index, int) and not isinstance(index, bool))
     if len(packed.layout.shape) != 3 or not single or packed.layout.weights.strategy == "tensor":
         return None
     return packed.part(int(index)).dense()  # type: ignore[call-overload]

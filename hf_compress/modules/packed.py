@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..core.registry import Quantized
 
-
 CHUNK = 1 << 15
 """Codes packed at a time, so that temporary memory does not grow with the weight."""
 
@@ -81,11 +80,23 @@ class PackedTensor:
         return PackedTensor(replace(self.layout, shape=shape), self.codes[index], self.scale[index], zero_point)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Dequantized rows of a per-row weight, as an embedding looks them up; index of any shape."""
-        picked = replace(self.layout, shape=(index.numel(), self.layout.shape[-1]))
+        """Dequantized rows of a weight with scales per row or group, as an embedding looks them up.
+
+        Args:
+            index: Row numbers, of any shape.
+
+        Raises:
+            IndexError: A row does not exist.
+        """
+        count, columns = self.layout.shape
         flat = index.reshape(-1)
+        if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < count):
+            raise IndexError(f"row numbers from {int(flat.min())} to {int(flat.max())} in a table of {count} rows")
+        picked = replace(self.layout, shape=(flat.numel(), columns))
         zero_point = None if self.zero_point is None else self.zero_point[flat]
-        return dequantize(PackedTensor(picked, self.codes[flat], self.scale[flat], zero_point)).view(*index.shape, -1)
+        return dequantize(PackedTensor(picked, self.codes[flat], self.scale[flat], zero_point)).view(
+            *index.shape, columns
+        )
 
 
 def pack(quantized: Quantized, layout: Layout) -> PackedTensor:

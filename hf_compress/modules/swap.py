@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
@@ -34,15 +35,32 @@ class PackedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The chosen kernel, or the original forward on dequantized weights and, if planned, quantized inputs."""
-        kernel = self.hfc_kernel
-        if kernel is not None and not torch.compiler.is_compiling() and not kwargs and args[0].dtype == torch.float32:
-            return kernel.run(self, args[0])
         inputs = self.hfc_layouts["weight"].scheme.input_activations if "weight" in self.hfc_layouts else None
         if inputs is None:
             return super().forward(*args, **kwargs)
-        value, *rest = args
-        scale, zero_point = compute_dynamic_scales_and_zp(value=value, args=inputs, module=self)
-        return super().forward(fake_quantize(value, scale, zero_point, inputs), *rest, **kwargs)
+        value, *rest = args or (kwargs.pop(next(iter(kwargs))),)
+        if self.hfc_kernel is not None and runs_kernel(value):
+            return self.hfc_kernel.run(self, value)
+        return super().forward(_quantized_input(value, inputs, self), *rest, **kwargs)
+
+
+def runs_kernel(value: Tensor) -> bool:
+    """Whether an input may take a kernel: float32, (batch, tokens, features), no gradient, not being compiled."""
+    differentiable = torch.is_grad_enabled() and value.requires_grad
+    return (
+        value.dtype == torch.float32 and value.ndim == 3 and not differentiable and not torch.compiler.is_compiling()
+    )
+
+
+def _quantized_input(value: Tensor, args: QuantizationArgs, module: nn.Module) -> Tensor:
+    """compressed-tensors' fake quantization of an input; gradients pass straight through the rounding."""
+    if value.numel() == 0:
+        return value
+    scale, zero_point = compute_dynamic_scales_and_zp(value=value.detach(), args=args, module=module)
+    rounded = fake_quantize(value.detach(), scale, zero_point, args)
+    if torch.is_grad_enabled() and value.requires_grad:
+        return value + (rounded - value).detach()
+    return rounded
 
 
 def pack_module(module: nn.Module, name: str, packed: PackedTensor) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..core.errors import WeightValueError
+from ..core.errors import IncompleteLoadError, WeightValueError
 from ..core.plan import Plan, PlanRow
 from ..core.registry import METHODS
 from ..formats.base import layout_of
@@ -34,14 +34,25 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
 
     Raises:
         WeightValueError: It holds NaN or infinite values, or nothing.
+        IncompleteLoadError: It has another shape than the model's parameter.
     """
     layout = layout_of(row)
+    if tuple(parameter.shape) != layout.parameter_shape:
+        raise IncompleteLoadError(
+            f"{row.name} has shape {tuple(parameter.shape)} in the checkpoint, {layout.parameter_shape} in the model.",
+            "check that the config belongs to the weights",
+        )
     weight = parameter.detach().transpose(-1, -2).contiguous() if row.transposed else parameter.detach()
     check_values(row.name, weight)
     run = METHODS.get(method).quantize
     if run is None:
         raise ValueError(f"the method {method!r} packs nothing")
     quantized = run(weight, layout.weights)
+    if not bool(torch.isfinite(quantized.scale).all()):
+        raise WeightValueError(
+            f"The range of {row.name} is too wide for {quantized.scale.dtype}: a scale overflows. Nothing was changed.",
+            f'repair the checkpoint, or skip=["{row.name}"] to keep the weight as it is',
+        )
     unpacked = PackedTensor(layout, quantized.codes, quantized.scale, quantized.zero_point)
     return pack(quantized, layout), sqnr_db(weight, unpacked)
 
@@ -67,7 +78,7 @@ def check_values(name: str, weight: Tensor) -> None:
 def sqnr_db(weight: Tensor, packed: PackedTensor) -> float | None:
     """Signal-to-quantization-noise ratio, 10·log10(Σw² / Σ(w - ŵ)²); None when exact.
 
-    Norms of blocks are taken in float32 and their squares added in float64.
+    Differences are taken in float32, norms in float64.
 
     Args:
         weight: Canonical dense weight.
@@ -76,8 +87,8 @@ def sqnr_db(weight: Tensor, packed: PackedTensor) -> float | None:
     signal = noise = 0.0
     for block, part in _blocks(weight, packed):
         dense = block.float()
-        signal += float(torch.linalg.vector_norm(dense)) ** 2
-        noise += float(torch.linalg.vector_norm(dequantize(part).float().sub_(dense))) ** 2
+        signal += float(torch.linalg.vector_norm(dense, dtype=torch.float64)) ** 2
+        noise += float(torch.linalg.vector_norm(dequantize(part).float().sub_(dense), dtype=torch.float64)) ** 2
     if noise == 0.0:
         return None
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,11 +13,13 @@ from ..checkpoint.load import ReadRequest
 from ..checkpoint.session import LoadSession
 from ..core.config import QuantConfig
 from ..core.errors import WeightValueError
-from ..core.plan import Plan, PlanRow
+from ..core.plan import DTYPES, Plan, PlanRow
 from ..modules.kernels.choose import choose_kernels
 from ..modules.packed import PackedTensor
 from .apply import pack_weight, with_results
 from .planning import plan_model
+
+logger = logging.getLogger(__name__)
 
 
 def start(model: PreTrainedModel, request: QuantConfig | ReadRequest) -> LoadSession:
@@ -27,11 +31,18 @@ def start(model: PreTrainedModel, request: QuantConfig | ReadRequest) -> LoadSes
     if isinstance(request, ReadRequest):
         return request.session(model)
     plan = plan_model(model, request)
+    announce(plan)
 
     def quantize(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
         return pack_weight(row, value, plan.method)
 
     return LoadSession(plan, quantize, request.progress)
+
+
+def announce(plan: Plan) -> None:
+    """Log the plan's remarks as warnings."""
+    for note in plan.notes:
+        logger.warning("%s", note)
 
 
 def finish(model: PreTrainedModel, session: LoadSession) -> None:
@@ -46,18 +57,25 @@ def finish(model: PreTrainedModel, session: LoadSession) -> None:
 
 def complete(model: torch.nn.Module, plan: Plan) -> None:
     """The last steps of every path: check casts, choose kernels, hand over to the native quantizer."""
-    if any(row.cast for row in plan.rows):
-        check_cast(model)
+    cast = next((row.cast for row in plan.rows if row.cast), None)
+    if cast is not None:
+        check_range(model, DTYPES[cast])
     choose_kernels(model)
     hand_over(model, plan)
 
 
-def check_cast(model: torch.nn.Module) -> None:
-    """Refuse a cast that overflowed.
+def check_range(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Refuse a cast that overflows, or has overflowed.
 
     Raises:
-        WeightValueError: A parameter has infinite values.
+        WeightValueError: A parameter is not finite or beyond the type's range; names it.
     """
+    largest = torch.finfo(dtype).max
     for name, value in model.named_parameters():
-        if not torch.isfinite(value).all():
-            raise WeightValueError(f"{name} is not finite after the cast to {value.dtype}.", 'use dtype="bf16"')
+        seen = float(value.abs().amax()) if value.is_floating_point() and value.numel() else 0.0
+        if not seen <= largest:
+            raise WeightValueError(
+                f"{name} has values up to {seen:.3g}, beyond {largest:.3g} in {str(dtype).removeprefix('torch.')}. "
+                "Nothing was changed.",
+                'use dtype="bf16", whose range is that of float32, or repair the weights',
+            )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.handover import plan_of
 from ..checkpoint.inputs import input_ranks
 from ..core.config import QuantConfig
-from ..core.errors import AlreadyQuantizedError, InputError, ModelNotFoundError, UnsupportedModelError
+from ..core.errors import AlreadyQuantizedError, ConfigError, InputError, ModelNotFoundError, UnsupportedModelError
 from ..core.plan import DTYPES, Plan, build_plan, choose_format
 
 
@@ -27,27 +29,38 @@ def plan(model_or_id: nn.Module | str | Path, config: QuantConfig) -> Plan:
         HFCompressError: The plan is refused; the code says why.
         ModelNotFoundError: There is no such model.
     """
+    check_config(config)
     model = model_or_id if isinstance(model_or_id, nn.Module) else meta_model(model_or_id)
     return plan_model(model, config)
 
 
+def check_config(config: object) -> None:
+    """Refuse what is not a configuration of ours.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(
+            f"Expected an hf_compress configuration, got {type(config).__name__}.",
+            "pass for example RTNQuantConfig(bits=4)",
+        )
+
+
 def plan_model(model: nn.Module, config: QuantConfig) -> Plan:
     """The plan for a model in memory or on meta."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"Expected a model, an id or a directory, got {type(model).__name__}.",
-            "pass a transformers model",
-        )
-    if not isinstance(config, QuantConfig):
-        raise UnsupportedModelError(
-            f"Expected an hf_compress configuration, got {type(config).__name__}.",
-            "for example RTNQuantConfig(bits=4)",
-        )
+    check_config(config)
     if is_quantized(model):
         raise AlreadyQuantizedError(
             f"{type(model).__name__} is quantized already; quantizing twice would compound the error.",
             "start from the original model",
         )
+    with torch.random.fork_rng(devices=[]):
+        return _planned(model, config)
+
+
+def _planned(model: nn.Module, config: QuantConfig) -> Plan:
+    """The plan; building models on meta may draw from the global random state."""
     drafted = build_plan(model, config, _ranks(model, config))
     if drafted.format != "compressed-tensors" or not _breaks_stock_init(model, drafted):
         return drafted
@@ -104,8 +117,14 @@ def meta_model(model_id: str | Path) -> PreTrainedModel:
     """
     config = model_config(model_id)
     architecture = model_class(config, model_id)
-    with torch.device("meta"):
-        model = architecture(config)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = architecture(config)
+    except (RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UnsupportedModelError(
+            f"{architecture.__name__} can't be built from the config of {str(model_id)!r}: {first_line(error)}",
+            "check the config's sizes",
+        ) from error
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else DTYPES.get(str(config.dtype), torch.float32)
     return model.to(dtype)
 
@@ -114,19 +133,34 @@ def model_config(model_id: str | Path) -> PreTrainedConfig:
     """The config of an id or directory.
 
     Raises:
+        UnsupportedModelError: The argument is neither.
         ModelNotFoundError: There is none.
         AlreadyQuantizedError: It says that the checkpoint is quantized.
     """
+    if not isinstance(model_id, str | Path):
+        raise UnsupportedModelError(
+            f"Expected a model, an id or a directory, got {type(model_id).__name__}.", "pass a transformers model"
+        )
+    path = Path(model_id)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelNotFoundError(f"The directory {path} has no config.json.", "point to a saved transformers model")
+    if not path.exists() and str(model_id).count("/") > 1:
+        raise ModelNotFoundError(f"There is no directory {path}.", "check the path")
     try:
         config = AutoConfig.from_pretrained(model_id)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelNotFoundError(
-            f"No model config at {str(model_id)!r}: {str(error).splitlines()[0]}",
+            f"No usable model config at {str(model_id)!r}: {first_line(error)}",
             "check the spelling; a directory needs a config.json with a known model_type",
-        ) from None
+        ) from error
     if vars(config).get("quantization_config"):
         raise AlreadyQuantizedError(f"{str(model_id)!r} is quantized already.", "start from the original model")
     return config
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def model_class(config: PreTrainedConfig, model_id: str | Path) -> type[PreTrainedModel]:
@@ -136,11 +170,16 @@ def model_class(config: PreTrainedConfig, model_id: str | Path) -> type[PreTrain
         UnsupportedModelError: There is none, or transformers doesn't have it.
     """
     names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+    kind: Any = getattr(transformers, str(names[0]), None) if names else None
+    if (
+        not isinstance(kind, type)
+        or not issubclass(kind, PreTrainedModel)
+        or not isinstance(config, kind.config_class)
+    ):
         raise UnsupportedModelError(
             f"The config of {str(model_id)!r} names {names or 'no architecture'}, which transformers "
-            f"{transformers.__version__} does not have.",
+            f"{transformers.__version__} does not have for a {type(config).__name__}.",
             "load the model yourself and pass it instead of its id",
         )
-    return kind
+    found: type[PreTrainedModel] = kind
+    return found

@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from ..checkpoint.stock import LOADER_ERRORS, load_complete
 from ..core.config import Calibration, QuantConfig
-from ..core.errors import CalibrationError, ConfigError
+from ..core.errors import (
+    CalibrationError,
+    ConfigError,
+    CorruptCheckpointError,
+    HFCompressError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 from ..core.plan import Plan
 from ..modules.swap import pack_module
 from .apply import pack_weight, with_results
-from .loading import complete
-from .planning import model_class, model_config, plan_model
+from .loading import announce, check_range, complete
+from .planning import check_config, first_line, model_class, model_config, plan_model
 
 Progress = Callable[[int, int], None]
 
@@ -42,15 +51,32 @@ def quantize(
     Raises:
         HFCompressError: Nothing was changed; the code says why.
     """
-    if not isinstance(config, QuantConfig):
-        raise ConfigError(f"config is a {type(config).__name__}.", "pass for example RTNQuantConfig(bits=4)")
+    check_config(config)
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress is a {type(progress).__name__}.", "pass a function of done and total")
     _check_calibration(config, calibration)
     if isinstance(model_or_id, nn.Module):
         return _quantize_live(model_or_id, config, progress)
     architecture = model_class(model_config(model_or_id), model_or_id)
     request = copy(config)
     request.progress = progress
-    return architecture.from_pretrained(model_or_id, quantization_config=request)
+    try:
+        return load_complete(architecture, model_or_id, quantization_config=request)
+    except HFCompressError:
+        raise
+    except SafetensorError as error:
+        raise CorruptCheckpointError(
+            f"The weights of {str(model_or_id)!r} are damaged: {first_line(error)}", "download or save them again"
+        ) from error
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"No weights at {str(model_or_id)!r}: {first_line(error)}", "check that the model is complete"
+        ) from error
+    except LOADER_ERRORS as error:
+        raise UnsupportedModelError(
+            f"transformers can't load {str(model_or_id)!r} as {architecture.__name__}: {first_line(error)}",
+            "check that the config belongs to the weights",
+        ) from error
 
 
 def _check_calibration(config: QuantConfig, calibration: Any) -> None:
@@ -69,7 +95,14 @@ def _check_calibration(config: QuantConfig, calibration: Any) -> None:
 @torch.no_grad()
 def _quantize_live(model: nn.Module, config: QuantConfig, progress: Progress | None) -> nn.Module:
     """Quantize everything first, then swap, so that a failure leaves the model as it was."""
+    on_meta = [name for name, value in model.named_parameters() if value.is_meta]
+    if on_meta:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has weights on the meta device ({on_meta[0]}, ...): they have no values.",
+            "load the weights, or pass the model's id or directory",
+        )
     made = plan_model(model, config)
+    announce(made)
     if config.load_dtype is not None:
         return _cast_live(model, made, config.load_dtype)
     packed, noise = {}, {}
@@ -85,7 +118,8 @@ def _quantize_live(model: nn.Module, config: QuantConfig, progress: Progress | N
 
 
 def _cast_live(model: nn.Module, plan: Plan, dtype: torch.dtype) -> nn.Module:
-    """Cast a live model."""
+    """Cast a live model, unless it would overflow."""
+    check_range(model, dtype)
     model.to(dtype)
     complete(model, plan)
     return model

@@ -31,7 +31,10 @@ CONFIGS = {
     "w8a8": hfc.Int8DynamicQuantConfig,
     "embeddings": lambda: hfc.RTNQuantConfig(bits=4, group_size=32, embeddings="int8"),
     "mixed": lambda: hfc.RTNQuantConfig(
-        bits=4, group_size=32, rules=[hfc.Rule(pattern="*down_proj", bits=8), hfc.Rule(pattern="q_proj", keep=True)]
+        bits=4,
+        group_size=32,
+        rules=[hfc.Rule(pattern="*down_proj", bits=8), hfc.Rule(pattern="q_proj", keep=True)],
+        min_coverage=0.5,
     ),
 }
 CASES = [
@@ -91,11 +94,11 @@ def test_optimizing_is_idempotent(tmp_path: Path) -> None:
     assert len(list(packed_modules(model))) == 14
 
 
-def test_what_stock_dequantized_is_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_what_is_not_packed_in_memory_is_refused(tmp_path: Path) -> None:
     config = hfc.RTNQuantConfig(bits=4, group_size=32, symmetric=False)
     quantized("llama", tiny_dir("llama", tmp_path), config).save_pretrained(tmp_path / "out")
     stock = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    with pytest.raises(hfc.HFCompressError, match=r"HFC403.*hf_compress\.load"):
+    with pytest.raises(hfc.HFCompressError, match="HFC403"):
         hfc.optimize_for_inference(stock)
     with pytest.raises(hfc.HFCompressError, match="HFC403"):
         hfc.optimize_for_inference(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama"))

@@ -133,7 +133,9 @@ def test_a5_gpt2_is_quantized_and_never_only_says_so(tmp_path: Path) -> None:
     ("family", "heads"),
     [("bert-classifier", {"classifier"}), ("distilbert", {"classifier"}), ("vit", {"classifier"})],
 )
-@pytest.mark.parametrize("config", [lambda: hfc.RTNQuantConfig(**INT4), lambda: hfc.Int8DynamicQuantConfig()])
+@pytest.mark.parametrize(
+    "config", [lambda: hfc.RTNQuantConfig(**INT4), hfc.Int8DynamicQuantConfig], ids=["int4", "w8a8"]
+)
 def test_a6_the_classifier_head_is_kept(family: str, heads: set[str], config: Any) -> None:
     found = rows(hfc.quantize(tiny(family), config()))
     kept = {name for name, row in found.items() if not row.covered and "head" in row.reason}

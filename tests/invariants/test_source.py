@@ -100,7 +100,9 @@ def _imported(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Import):
             found = [(alias.asname or alias.name.partition(".")[0], alias.name) for alias in node.names]
             names |= {bound for bound, source in found if not source.startswith("hf_compress")}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and not (node.module or "").startswith("hf_compress"):
+        elif (
+            isinstance(node, ast.ImportFrom) and node.level == 0 and not (node.module or "").startswith("hf_compress")
+        ):
             names |= {alias.asname or alias.name for alias in node.names}
     return names
 
@@ -125,9 +127,11 @@ def test_no_monkeypatching() -> None:
                 base = target.value if isinstance(target, ast.Subscript) else target
                 chain = dotted(base)
                 if isinstance(base, ast.Attribute) and chain.partition(".")[0] in imported:
-                    found += [] if own and chain in ("sys.stdout", "sys.meta_path", "os.environ") else [
-                        f"{name}:{node.lineno} {chain}"
-                    ]
+                    found += (
+                        []
+                        if own and chain in ("sys.stdout", "sys.meta_path", "os.environ")
+                        else [f"{name}:{node.lineno} {chain}"]
+                    )
     assert found == []
 
 

@@ -2,7 +2,7 @@
 
 from ...core.registry import METHODS, Method
 from .config import CastConfig, CastFields
-from .method import scheme
+from .method import notes, scheme
 
 METHODS.register(
     Method(
@@ -10,7 +10,8 @@ METHODS.register(
         config=CastConfig,
         summary="fp16 or bf16: half the size, no calibration; faster only where the processor has the instructions.",
         scheme=scheme,
+        notes=notes,
     )
 )
 
-__all__ = ["CastConfig", "CastFields", "scheme"]
+__all__ = ["CastConfig", "CastFields", "notes", "scheme"]

@@ -8,6 +8,7 @@ from ...core.config import QuantFields
 from ...core.errors import ConfigError
 from ...core.weights import Weight
 from .config import DTYPES, CastFields
+from .speed import note, slowdown
 
 
 def scheme(fields: QuantFields, weight: Weight) -> torch.dtype | str:
@@ -15,3 +16,10 @@ def scheme(fields: QuantFields, weight: Weight) -> torch.dtype | str:
     if not isinstance(fields, CastFields):
         raise ConfigError(f"{type(fields).__name__} has no dtype to cast to.")
     return DTYPES[fields.dtype]
+
+
+def notes(fields: QuantFields) -> tuple[str, ...]:
+    """An honest remark where this processor is slower in the type."""
+    if not isinstance(fields, CastFields):
+        return ()
+    return note(fields.dtype, slowdown(DTYPES[fields.dtype]))

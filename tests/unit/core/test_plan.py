@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from hf_compress.core.config import QuantConfig
 from hf_compress.core.errors import (
@@ -307,6 +308,31 @@ def test_plan_changes_nothing() -> None:
     assert all(torch.equal(state[key], value) for key, value in untouched.state_dict().items())
     assert vars(model.config) == vars(untouched.config)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_plan_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    """Wav2Vec2 draws numbers even when it is built on meta."""
+    config = Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        conv_dim=(32, 32),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        architectures=["Wav2Vec2ForCTC"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = Wav2Vec2ForCTC(config)
+    config.save_pretrained(tmp_path)
+    for given in (model, tmp_path):
+        before = torch.random.get_rng_state()
+        plan(given, RTNQuantConfig(group_size=8, min_coverage=0))
+        after = torch.random.get_rng_state()
+        torch.random.set_rng_state(before)
+        assert torch.equal(after, before)
 
 
 def test_text() -> None:

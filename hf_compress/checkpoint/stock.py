@@ -1,0 +1,62 @@
+"""Calling transformers' loader: complete or not at all, in our errors, without touching the global random state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from ..core.errors import CorruptCheckpointError, HFCompressError, IncompleteLoadError, listed
+
+LOADER_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError)
+"""What transformers raises for files or configs that don't fit together."""
+
+
+def load_complete(architecture: type[PreTrainedModel], source: Any, **options: Any) -> PreTrainedModel:
+    """`from_pretrained`, refusing a model of which any weight is missing, unexpected or of another shape.
+
+    Args:
+        architecture: The model's class.
+        source: Directory or id, or None with `state_dict`.
+        **options: Further arguments of `from_pretrained`.
+
+    Raises:
+        IncompleteLoadError: Weights are missing (they would be random) or have other shapes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model, info = architecture.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[kind])
+        if names:
+            raise IncompleteLoadError(
+                f"{kind.replace('_', ' ').capitalize()} in the checkpoint of {architecture.__name__}: "
+                f"{listed(names)} ({len(names)} in all). They would be random.",
+                "load a complete checkpoint of this architecture",
+            )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def damaged_if_it_fails(what: str) -> Iterator[None]:
+    """Turn whatever a loader raises inside the block into `CorruptCheckpointError`.
+
+    Args:
+        what: What is being read, for the message.
+    """
+    try:
+        yield
+    except IncompleteLoadError as error:
+        raise CorruptCheckpointError(f"{what}: {error.message}", "save the model again") from error
+    except HFCompressError:
+        raise
+    except (*LOADER_ERRORS, StrictDataclassError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorruptCheckpointError(f"{what} can't be loaded: {line}.", "save the model again") from error

@@ -1,0 +1,83 @@
+"""Every committed benchmark result is complete, of the current bars, measured in quiet, and keeps its bars."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common import RESULTS, Bar, Machine, Result
+from hf_compress.evaluation.environment import environment
+
+SCRIPTS = ("bench_import", "bench_int8_dynamic", "bench_load", "bench_perplexity", "bench_preflight")
+NAMES = tuple(script.removeprefix("bench_") for script in SCRIPTS)
+"""Exactly these results are committed; `python benchmarks/run_all.py` writes them."""
+
+
+def bars_of(name: str) -> tuple[Bar, ...]:
+    return importlib.import_module(f"benchmarks.bench_{name}").BARS
+
+
+def result_of(name: str) -> Result:
+    return Result.read(RESULTS / f"{name}.json")
+
+
+def test_every_script_is_listed() -> None:
+    assert {file.stem for file in RESULTS.parent.glob("bench_*.py")} == set(SCRIPTS)
+
+
+def test_exactly_the_expected_results_are_committed() -> None:
+    assert {file.name for file in RESULTS.iterdir()} - {".gitkeep"} == {f"{name}.json" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_result_has_the_bars_of_its_script(name: str) -> None:
+    result = result_of(name)
+    assert result.name == name
+    assert [Bar(**bar.model_dump(exclude={"value"})) for bar in result.bars] == list(bars_of(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_result_keeps_its_bars(name: str) -> None:
+    assert [bar for bar in result_of(name).bars if not bar.passed] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_result_was_measured_in_full_on_a_quiet_machine(name: str) -> None:
+    result = result_of(name)
+    assert not result.smoke
+    assert result.machine.quiet
+    assert None not in (result.machine.environment.packages["torch"], result.machine.environment.logical_cpus)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "passes"), [("most", 2.0, True), ("most", 2.1, False), ("least", 2.0, True), ("least", 1.9, False)]
+)
+def test_bar_judges(at: str, value: float, passes: bool) -> None:
+    bar = Bar(name="speed", at=at, limit=2.0, unit="times")
+    judged = bar.judge(value)
+    assert judged.passed is passes
+    machine = Machine(
+        environment=environment(), load_average_after=(0, 0, 0), busy_percent_before=0, busy_percent_after=0
+    )
+    whole = Result(
+        name="x",
+        smoke=False,
+        date=datetime.now(UTC),
+        seconds=1,
+        machine=machine,
+        settings={},
+        measurements={},
+        bars=(judged,),
+    )
+    assert Result.model_validate_json(whole.model_dump_json()).passed is passes
+
+
+def test_result_of_a_lost_bar_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"name": "x", "bars": [{"name": "speed", "value": 3}]}', encoding="utf-8")
+    with pytest.raises(ValueError, match="validation errors"):
+        Result.read(path)
