@@ -316,7 +316,7 @@ def _sync(path: Path) -> None:
 
 
 def _free_bytes(path: Path) -> int:
-    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
     return shutil.disk_usage(existing).free
 
 

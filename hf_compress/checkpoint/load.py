@@ -27,7 +27,7 @@ from ..modules.packed import PackedTensor
 from .handover import hand_over
 from .record import open_weights, read_config, read_record, weight_files
 from .session import LoadSession
-from .stock import damaged_if_it_fails, load_complete
+from .stock import architecture_of, damaged_if_it_fails, load_complete
 
 
 class ReadRequest(QuantizationConfigMixin):
@@ -129,21 +129,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The model's config without quantization, and its class."""
-    values = read_config(path)
-    names = values.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    kind: Any = getattr(transformers, str(name), None)
-    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{path / 'config.json'} names the architecture {name!r}, which transformers {transformers.__version__} "
-            "does not have.",
-            "install the version of transformers that has it",
-        )
+    read_config(path)
     with damaged_if_it_fails(str(path / "config.json")):
         config = AutoConfig.from_pretrained(path)
-    if not isinstance(config, kind.config_class):
+    kind = architecture_of(config)
+    if kind is None:
         raise UnsupportedModelError(
-            f"{path / 'config.json'} has a {type(config).__name__}, which {name} can't use.", "restore the config"
+            f"{path / 'config.json'} names the architectures {config.architectures}; transformers "
+            f"{transformers.__version__} has none of them for a {type(config).__name__}.",
+            "install the version of transformers that has it",
         )
     if "quantization_config" in vars(config):
         del config.quantization_config

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.errors import CorruptCheckpointError, HFCompressError, IncompleteLoadError, listed
 
@@ -60,3 +61,13 @@ def damaged_if_it_fails(what: str) -> Iterator[None]:
     except (*LOADER_ERRORS, StrictDataclassError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorruptCheckpointError(f"{what} can't be loaded: {line}.", "save the model again") from error
+
+
+def architecture_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that a config names under `architectures`, if transformers has it and it takes this config."""
+    names = config.architectures or []
+    kind: Any = getattr(transformers, str(names[0]), None) if names else None
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        return None
+    wanted: Any = kind.config_class  # type: ignore[attr-defined]
+    return kind if isinstance(wanted, type) and isinstance(config, wanted) else None

@@ -196,7 +196,9 @@ class QuantConfig(QuantizationConfigMixin):
             ConfigError: `method` is missing, or a key is unknown and the dictionary isn't of a newer version.
             MethodError: The method is not registered.
         """
-        if not isinstance(config_dict, dict) or not all(isinstance(key, str) for key in config_dict):
+        if not isinstance(config_dict, dict) or not all(  # type: ignore[redundant-expr]
+            isinstance(key, str) for key in config_dict
+        ):
             raise ConfigError(
                 f"Expected a dictionary with names as keys, got {config_dict!r}.", 'write {"method": "rtn"}'
             )
@@ -251,7 +253,7 @@ def validate(fields_type: type[QuantFields], values: dict[str, Any]) -> QuantFie
 
 def _config_error(fields_type: type[BaseModel], error: ValidationError) -> ConfigError:
     """The first problem that pydantic found, as a `ConfigError`."""
-    errors = error.errors(include_url=False)
+    errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
     first = errors[0]
     field, *inner = first["loc"]
     place = ".".join(str(part) for part in (field, *inner[:2])) if field == "rules" else str(field)
@@ -262,6 +264,8 @@ def _config_error(fields_type: type[BaseModel], error: ValidationError) -> Confi
         owner = Rule if inner else fields_type
         hint = nearest(str(first["loc"][-1]), owner.model_fields)
         return ConfigError(f"Unknown key {place!r}. {hint}".rstrip(), f"known keys: {', '.join(owner.model_fields)}")
+    if first["type"] == "missing":
+        return ConfigError(f"The key {place!r} is missing.", f"write {place}=...")
     if first["type"] == "too_long":
         return ConfigError(f"This method takes no {place}, got {first['input']!r}.", f"leave {place} out")
     if first["type"] in ("tuple_type", "iterable_type"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator
 from torch import nn
 
 from . import scheme as schemes
@@ -66,7 +66,7 @@ class PlanRow(BaseModel):
     parameter: str
     kind: WeightKind
     owner: str
-    shape: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4)]
+    shape: Annotated[tuple[NonNegativeInt, ...], Field(min_length=2, max_length=4)]
     transposed: bool
     dtype: str
     parameters: NonNegativeInt

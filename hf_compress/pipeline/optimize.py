@@ -41,6 +41,8 @@ def optimize_for_inference(model: Model) -> Model:
     Raises:
         UnsupportedModelError: It is not compressed, or in a way that can't be packed.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"Expected a model, got {type(model).__name__}.", "pass a loaded model")
     if plan_of(model) is None:
         _pack_stock(model)
     choose_kernels(model)

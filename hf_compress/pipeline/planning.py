@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -13,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.handover import plan_of
 from ..checkpoint.inputs import input_ranks
+from ..checkpoint.stock import architecture_of
 from ..core.config import QuantConfig
 from ..core.errors import AlreadyQuantizedError, ConfigError, InputError, ModelNotFoundError, UnsupportedModelError
 from ..core.plan import DTYPES, Plan, build_plan, choose_format
@@ -143,9 +143,11 @@ def model_config(model_id: str | Path) -> PreTrainedConfig:
         )
     path = Path(model_id)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelNotFoundError(f"The directory {path} has no config.json.", "point to a saved transformers model")
+        raise ModelNotFoundError(
+            f"The directory {str(model_id)!r} has no config.json.", "point to a saved transformers model"
+        )
     if not path.exists() and str(model_id).count("/") > 1:
-        raise ModelNotFoundError(f"There is no directory {path}.", "check the path")
+        raise ModelNotFoundError(f"There is no directory {str(model_id)!r}.", "check the path")
     try:
         config = AutoConfig.from_pretrained(model_id)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -169,17 +171,11 @@ def model_class(config: PreTrainedConfig, model_id: str | Path) -> type[PreTrain
     Raises:
         UnsupportedModelError: There is none, or transformers doesn't have it.
     """
-    names = config.architectures or []
-    kind: Any = getattr(transformers, str(names[0]), None) if names else None
-    if (
-        not isinstance(kind, type)
-        or not issubclass(kind, PreTrainedModel)
-        or not isinstance(config, kind.config_class)
-    ):
+    kind = architecture_of(config)
+    if kind is None:
         raise UnsupportedModelError(
-            f"The config of {str(model_id)!r} names {names or 'no architecture'}, which transformers "
-            f"{transformers.__version__} does not have for a {type(config).__name__}.",
+            f"The config of {str(model_id)!r} names the architectures {config.architectures}; transformers "
+            f"{transformers.__version__} has none of them for a {type(config).__name__}.",
             "load the model yourself and pass it instead of its id",
         )
-    found: type[PreTrainedModel] = kind
-    return found
+    return kind

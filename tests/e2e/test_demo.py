@@ -28,6 +28,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_dir("llama", tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.slow
 def test_demo_writes_proven_checkpoints_and_reports(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def int8_linear(tokens: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | Non
     """
     if tokens.numel() == 0:
         return tokens.new_empty(len(tokens), len(codes))
+    tokens = tokens.contiguous()  # torch._int_mm misreads other strides
     grid = tokens.abs()
     step = grid.amax(-1, keepdim=True).div_(127.5)
     step.masked_fill_(step == 0, torch.finfo(torch.float32).eps)
