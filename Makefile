@@ -49,10 +49,7 @@ docs-check: $(STAMP) ## Every public name and command has a docstring and is in 
 	$(RUN) $(BIN)/python scripts/check_docs.py
 
 benchmarks: $(STAMP) ## Measure again what README's tables show
-	@set -e; for script in benchmarks/bench_*.py; do \
-		[ -e "$$script" ] || { echo "No benchmarks/bench_*.py here." >&2; exit 1; }; \
-		echo "$$script"; $(RUN) $(BIN)/python "$$script" $(ARGS); \
-	done
+	$(RUN) $(BIN)/python benchmarks/run_all.py $(ARGS)
 
 clean: ## Remove the environment, caches and builds
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -35,8 +35,8 @@ DEPTH = Bar(
 )
 BARS = (EXTRA, PEAK, DEPTH)
 ROUNDS, MEMORY_ROUNDS = 9, 5
-LAYERS = 3
-"""L of the random Llama; its largest weight has 64 MiB."""
+LAYERS = 4
+"""L of the random Llama; its largest weights have 16 MiB."""
 
 
 def plan_sizes(path: Path) -> tuple[int, int]:
@@ -70,7 +70,7 @@ def growth(rounds: list[dict[str, float]]) -> dict[str, Any]:
 
 def random_llama(folder: Path, layers: int, smoke: bool) -> Path:
     """A Llama with random weights, saved as fp32."""
-    size = 512 if smoke else 2048
+    size = 512 if smoke else 1024
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=size,

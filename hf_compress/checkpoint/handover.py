@@ -22,7 +22,7 @@ from ..core.errors import UnsupportedModelError
 from ..core.plan import Plan
 from ..formats.base import encode_model, format_of
 from ..modules.swap import packed_modules, unpack_module
-from .record import KEY, record_of
+from .record import KEY, record_of, sort_metadata
 
 _PLAN = "hfc_plan"
 
@@ -86,6 +86,7 @@ class _Packed:
         for _, module in list(packed_modules(model)):
             unpack_module(module)
         vars(model).pop(_PLAN, None)
+        model.__class__ = vars(type(model)).get("hfc_base", type(model))
         return model if dtype is None else model.to(dtype)
 
 
@@ -97,16 +98,22 @@ class GuardedQuantizer(_Packed, HfQuantizer):
     """The quantizer of models that only this package can read."""
 
 
-class GuardedSave(PreTrainedModel):
-    """Saves a model under the guarded weights file's name; mixed into the model's class by class swap."""
+class PackedSave(PreTrainedModel):
+    """What saving adds for packed models; mixed into the model's class by class swap, under the same name."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """transformers' `save_pretrained` in one file, which then gets a name that stock loading doesn't look for."""
-        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", Path(save_directory).name)
-        super().save_pretrained(save_directory, *args, **{**kwargs, "max_shard_size": 1 << 62})
-        written = Path(save_directory) / "model.safetensors"
-        if written.is_file():
-            written.replace(written.with_name("hf_compress.safetensors"))
+        """transformers' `save_pretrained`, with the same bytes every time, and the guarded form under its own name.
+
+        A guarded checkpoint is one file, whose name stock loading doesn't look for.
+        """
+        plan, folder = plan_of(self), Path(save_directory)
+        name = format_of(plan).weights_file if plan is not None else None
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
+        super().save_pretrained(save_directory, *args, **({**kwargs, "max_shard_size": 1 << 62} if name else kwargs))
+        for file in sorted(folder.glob("model*.safetensors")):
+            sort_metadata(file)
+        if name and (folder / "model.safetensors").is_file():
+            (folder / "model.safetensors").replace(folder / name)
         if push:
             self.push_to_hub(repo_id, token=kwargs.get("token"))
 
@@ -125,12 +132,13 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
     quantizer: NativeQuantizer | GuardedQuantizer
     if plan.format == "guarded":
         quantizer = GuardedQuantizer(GuardedConfig(**values))
-        model.__class__ = _guarded_class(type(model))  # type: ignore[arg-type] # nn.Module is hashable
     elif plan.format == "compressed-tensors":
         quantizer = NativeQuantizer(NativeConfig.from_dict(values), pre_quantized=True)
     else:
         _forget_quantization(model)
         return
+    if not isinstance(model, PackedSave):
+        model.__class__ = _saving_class(type(model))  # type: ignore[arg-type] # nn.Module is hashable
     model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -155,6 +163,6 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 @functools.cache
-def _guarded_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The model's class with guarded saving; its name stays, so `architectures` in the config does too."""
-    return type(base.__name__, (GuardedSave, base), {"__module__": base.__module__})
+def _saving_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The model's class with `PackedSave`; its name stays, so `architectures` in the config does too."""
+    return type(base.__name__, (PackedSave, base), {"__module__": base.__module__, "hfc_base": base})

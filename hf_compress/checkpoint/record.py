@@ -163,3 +163,19 @@ def read_config(path: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         raise CorruptCheckpointError(f"{path / 'config.json'} holds no object.", "save the model again")
     return values
+
+
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata in a safetensors header in place: safetensors writes it in random order.
+
+    The header is 8 bytes of length, then JSON padded with spaces; tensors keep their offsets.
+    """
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        metadata = header.pop("__metadata__", {})
+        ordered = {"__metadata__": dict(sorted(metadata.items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            opened.seek(8)
+            opened.write(text.ljust(length))

@@ -24,7 +24,7 @@ from .errors import (
 )
 from .registry import FORMATS
 from .rules import Decision, resolve
-from .weights import Role, Weight, WeightKind, list_weights, small_parameters
+from .weights import Role, Weight, WeightKind, kept_in_float32, list_weights, small_parameters
 
 
 def _itemsize(dtype: str) -> int:
@@ -195,6 +195,9 @@ def build_plan(
     weights = list_weights(model)
     decisions = resolve(config.fields, weights)
     rows = tuple(_row(weight, decisions[weight.name], config, input_ranks) for weight in weights)
+    if config.load_dtype is not None:
+        kept = kept_in_float32(model, config.load_dtype)
+        rows = tuple(_left_in_float32(row) if kept(row.key) else row for row in rows)
     _check_groups(rows)
     _check_ties(rows)
     _check_coverage(rows, config, type(model).__name__)
@@ -256,6 +259,12 @@ def _row(
         tied_to=weight.tied_to,
         parts=weight.parts,
     )
+
+
+def _left_in_float32(row: PlanRow) -> PlanRow:
+    """A row that transformers does not cast."""
+    reason = "transformers keeps it in float32 for this architecture"
+    return row.model_copy(update={"cast": None, "scheme": "kept", "reason": reason, "in_scope": False})
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@ Works on a model on the meta device; reads no values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -98,6 +98,25 @@ def list_weights(model: nn.Module) -> list[Weight]:
             names[weight.key] = weight.name
             found.append(weight if owner == weight.name else replace(weight, tied_to=owner))
     return found
+
+
+def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters transformers leaves in float32 when it loads this architecture in a 16-bit type.
+
+    Args:
+        model: The model.
+        dtype: The 16-bit type.
+
+    Returns:
+        A predicate on parameter names.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return lambda name: False
+    patterns = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        patterns |= set(model._keep_in_fp32_modules or ())
+    parts = [re.compile(rf"(?:^|\.){pattern}(?:\.|$)") for pattern in sorted(patterns)]
+    return lambda name: any(part.search(name) is not None for part in parts)
 
 
 def small_parameters(model: nn.Module) -> int:

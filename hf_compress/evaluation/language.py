@@ -33,7 +33,7 @@ def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], batch_size: in
         EvaluationDataError: No windows, or windows of the wrong form.
         MeasurementError: Outputs that are not numbers.
     """
-    _check_windows((model,), windows, batch_size)
+    check_windows((model,), windows, batch_size)
     with evaluating(model):
         sums = [
             sum(_taken(rows.double().log_softmax(-1), ids) for rows, ids in _chunks(logits, targets))
@@ -69,7 +69,7 @@ def perplexity_delta(
         EvaluationDataError: Too few windows, or windows of the wrong form.
         MeasurementError: Outputs that are not numbers, or vocabularies that differ.
     """
-    _check_windows((candidate, baseline), windows, batch_size)
+    check_windows((candidate, baseline), windows, batch_size)
     check_count(len(windows), "window")
     with evaluating(candidate, baseline):
         pairs = zip(
@@ -133,7 +133,7 @@ def _window_logits(
         ids = nn.utils.rnn.pad_sequence([window.long().cpu() for window in batch], batch_first=True)
         lengths = torch.tensor([len(window) for window in batch])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        logits = output_of(model, {"input_ids": ids, "attention_mask": mask}, "logits")
+        logits = output_of(model, {"input_ids": ids, "attention_mask": mask}, "logits", 3)
         for row, length in enumerate(lengths.tolist()):
             yield logits[row, : length - 1], ids[row, 1:length].to(logits.device)
 
@@ -176,7 +176,12 @@ def _exp(value: float, name: str) -> float:
     return math.exp(value)
 
 
-def _check_windows(models: Sequence[PreTrainedModel], windows: Sequence[Tensor], batch_size: int) -> None:
+def check_windows(models: Sequence[PreTrainedModel], windows: Sequence[Tensor], batch_size: int) -> None:
+    """Refuse windows that the models can't be measured on.
+
+    Raises:
+        EvaluationDataError: No windows, or windows of the wrong form, or token ids without an embedding.
+    """
     check_positive("batch_size", batch_size)
     if not windows:
         raise EvaluationDataError("There are no windows of tokens.", fix="give longer texts")

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 from hf_compress.core.errors import MeasurementError
 
+from .statistics import is_count
+
 Verdict = Literal["slower", "same", "faster"]
 
 CONFIDENCE = 0.99
@@ -144,7 +146,9 @@ def compare_many(
     Raises:
         MeasurementError: No candidate, too few pairs, or a clock that stands still or runs backwards.
     """
-    _check(candidates, pairs, warmup)
+    if not candidates:
+        raise MeasurementError("There is no candidate to time.", fix="pass {'name': callable}")
+    check_timing(pairs, warmup, clock)
     names = list(candidates)
     timed = _Stopwatch(clock, synchronize)
     baseline_times: list[float] = []
@@ -249,9 +253,21 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _check(candidates: Mapping[str, Callable[[], object]], pairs: int, warmup: int) -> None:
-    if not candidates:
-        raise MeasurementError("There is no candidate to time.", fix="pass {'name': callable}")
+def check_timing(pairs: int, warmup: int, clock: Callable[[], float]) -> None:
+    """Refuse arguments that nothing can be timed with.
+
+    Raises:
+        MeasurementError: Too few pairs, or an argument of the wrong type.
+    """
+    for name, value, proposal in (("pairs", pairs, 30), ("warmup", warmup, 3)):
+        if not is_count(value):
+            raise MeasurementError(
+                f"{name}={value!r} is a {type(value).__name__}, no integer.", fix=f"{name}={proposal}"
+            )
+    if not callable(clock):
+        raise MeasurementError(
+            f"clock is a {type(clock).__name__}, and can't be called.", fix="use clock=time.perf_counter"
+        )
     if pairs < MIN_PAIRS:
         raise MeasurementError(
             f"pairs={pairs} is too few for a 99 % interval of the median.", fix="pairs=30, at least 8"

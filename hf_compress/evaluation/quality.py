@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,11 @@ from transformers.models.auto.modeling_auto import (
 from hf_compress.core.errors import EvaluationDataError, UnsupportedModelError
 
 from .forward import evaluating, output_of
-from .language import perplexity, perplexity_delta, text_windows
+from .language import check_windows, perplexity, perplexity_delta, text_windows
 from .quality_data import (
     Examples,
+    check_arguments,
     check_padding,
-    check_positive,
     class_labels,
     pixel_batches,
     read_examples,
@@ -39,7 +40,7 @@ from .quality_results import (
     QualityResult,
     Task,
 )
-from .statistics import accuracy_delta, embedding_similarity, mean_pool, t_quantile
+from .statistics import accuracy_delta, check_count, embedding_similarity, mean_pool, t_quantile
 
 if TYPE_CHECKING:
     from .quality_data import Data, Processor
@@ -59,6 +60,7 @@ __all__ = [
     "mean_pool",
     "perplexity",
     "perplexity_delta",
+    "prepare_quality",
     "t_quantile",
     "text_windows",
 ]
@@ -101,27 +103,42 @@ def evaluate_quality(
         batch_size: Examples per forward.
 
     Raises:
-        EvaluationDataError: Data, labels, tokenizer or length that don't fit.
-        UnsupportedModelError: A model with no task that can be measured.
+        EvaluationDataError: Data, labels, tokenizer, task, length or batch size that don't fit.
+        UnsupportedModelError: A model with no task that can be measured, or not with this one.
         MeasurementError: Outputs that are not numbers.
     """
-    resolved = task or _common_task(model, baseline)
-    check_positive("batch_size", batch_size)
+    return prepare_quality(model, baseline, data, tokenizer, task, max_length=max_length, batch_size=batch_size)()
+
+
+def prepare_quality(
+    model: PreTrainedModel,
+    baseline: PreTrainedModel,
+    data: Data,
+    tokenizer: Processor | None = None,
+    task: Task | None = None,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> Callable[[], QualityResult]:
+    """Check all that `evaluate_quality` is given, without running a model, and return the measurement."""
+    check_arguments(task, max_length, batch_size)
+    resolved = _common_task(model, baseline) if task is None else task
     examples = read_examples(data, tokenizer)
     if examples.pixels:
         if resolved != "classification":
             raise EvaluationDataError(f"Images can't measure task {resolved!r}.", fix='task="classification"')
-        labels = class_labels(model, examples)
-        result = _classify(model, baseline, labels, pixel_batches(examples.pixels, batch_size))
-        return QualityResult(task=resolved, result=result, max_length=None)
+        labels, batches = class_labels(model, examples), pixel_batches(examples.pixels, batch_size)
+        return lambda: QualityResult(
+            task="classification", result=_classify(model, baseline, labels, batches), max_length=None
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise EvaluationDataError(
             f"There are texts, and tokenizer is a {type(tokenizer).__name__}.", fix="AutoTokenizer.from_pretrained(id)"
         )
-    return _evaluate_texts(model, baseline, examples, tokenizer, resolved, max_length, batch_size)
+    return _prepare_texts(model, baseline, examples, tokenizer, resolved, max_length, batch_size)
 
 
-def _evaluate_texts(
+def _prepare_texts(
     model: PreTrainedModel,
     baseline: PreTrainedModel,
     examples: Examples,
@@ -129,22 +146,29 @@ def _evaluate_texts(
     task: Task,
     max_length: int | None,
     batch_size: int,
-) -> QualityResult:
+) -> Callable[[], QualityResult]:
+    """Check texts, and return the measurement on them."""
     length = text_length((model, baseline), tokenizer, max_length)
     if task == "causal-lm":
         windows, dropped = text_windows(examples.texts, tokenizer, length)
-        delta = perplexity_delta(model, baseline, windows, batch_size)
-        return QualityResult(task=task, result=delta, max_length=length, dropped=dropped)
+        check_windows((model, baseline), windows, batch_size)
+        check_count(len(windows), "window")
+        return lambda: QualityResult(
+            task=task,
+            result=perplexity_delta(model, baseline, windows, batch_size),
+            max_length=length,
+            dropped=dropped,
+        )
+    measure: Callable[[list[dict[str, Tensor]]], ClassificationQuality | EmbeddingQuality]
     if task == "classification":
-        labels = class_labels(model, examples)
+        measure = functools.partial(_classify, model, baseline, class_labels(model, examples))
         check_padding((model, baseline), tokenizer, batch_size)
-    batches, truncated = text_batches((model, baseline), examples.texts, tokenizer, length, batch_size)
-    result: ClassificationQuality | EmbeddingQuality
-    if task == "classification":
-        result = _classify(model, baseline, labels, batches)
     else:
-        result = _embed(model, baseline, batches)
-    return QualityResult(task=task, result=result, max_length=length, truncated=truncated)
+        measure = functools.partial(_embed, model, baseline)
+        check_count(len(examples.texts), "text")
+        _check_encoders(model, baseline)
+    batches, truncated = text_batches((model, baseline), examples.texts, tokenizer, length, batch_size)
+    return lambda: QualityResult(task=task, result=measure(batches), max_length=length, truncated=truncated)
 
 
 def infer_task(model: PreTrainedModel) -> Task:
@@ -175,12 +199,21 @@ def _common_task(model: PreTrainedModel, baseline: PreTrainedModel) -> Task:
     return task
 
 
+def _check_encoders(*models: PreTrainedModel) -> None:
+    for model in models:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"A {type(model).__name__} is encoder and decoder.",
+                fix="model.get_encoder() and its baseline's",
+            )
+
+
 def _classify(
     model: PreTrainedModel, baseline: PreTrainedModel, labels: Tensor, batches: Sequence[dict[str, Tensor]]
 ) -> ClassificationQuality:
     with evaluating(model, baseline):
         sides = [
-            torch.cat([output_of(side, batch, "logits").cpu() for batch in batches]) for side in (model, baseline)
+            torch.cat([output_of(side, batch, "logits", 2).cpu() for batch in batches]) for side in (model, baseline)
         ]
     return accuracy_delta(sides[0], sides[1], labels)
 
@@ -188,17 +221,11 @@ def _classify(
 def _embed(
     model: PreTrainedModel, baseline: PreTrainedModel, batches: Sequence[dict[str, Tensor]]
 ) -> EmbeddingQuality:
-    for side in (model, baseline):
-        if side.config.is_encoder_decoder:
-            raise UnsupportedModelError(
-                f"A {type(side).__name__} is encoder and decoder.",
-                fix="model.get_encoder() and its baseline's",
-            )
     with evaluating(model, baseline):
         sides = [
             torch.cat(
                 [
-                    mean_pool(output_of(side.base_model, batch, "last_hidden_state"), batch["attention_mask"]).cpu()
+                    mean_pool(output_of(side.base_model, batch, "last_hidden_state", 3), batch["attention_mask"]).cpu()
                     for batch in batches
                 ]
             )

@@ -17,7 +17,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from hf_compress.core.errors import EvaluationDataError, UnsupportedModelError
+from hf_compress.core.errors import EvaluationDataError, UnsupportedModelError, nearest
+
+from .quality_results import TASKS
+from .statistics import is_count
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -207,14 +210,34 @@ def pixel_batches(pixels: Sequence[Tensor], batch_size: int) -> list[dict[str, T
     ]
 
 
-def check_positive(name: str, value: int) -> None:
-    """Refuse a count below 1.
+def check_positive(name: str, value: object) -> None:
+    """Refuse what is no count from 1 on.
 
     Raises:
-        EvaluationDataError: `value` is below 1.
+        EvaluationDataError: `value` is no integer, or below 1.
     """
+    if not is_count(value):
+        raise EvaluationDataError(f"{name}={value!r} is a {type(value).__name__}, no integer.", fix=f"{name}=8")
     if value < 1:
         raise EvaluationDataError(f"{name}={value} is below 1.", fix=f"{name}=8")
+
+
+def check_arguments(task: object, max_length: object, batch_size: object) -> None:
+    """Refuse arguments that fit no model.
+
+    Raises:
+        EvaluationDataError: An unknown task, or a length or batch size of the wrong type or size.
+    """
+    if task is not None and task not in TASKS:
+        known = " or ".join(f'"{name}"' for name in TASKS)
+        raise EvaluationDataError(
+            f"task={task!r} is none that can be measured. {nearest(str(task), TASKS)}".rstrip(), fix=f"task={known}"
+        )
+    check_positive("batch_size", batch_size)
+    if max_length is not None and not is_count(max_length):
+        raise EvaluationDataError(
+            f"max_length={max_length!r} is a {type(max_length).__name__}, no integer.", fix="max_length=256"
+        )
 
 
 def check_padding(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Task = Literal["classification", "causal-lm", "embedding"]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 CONFIDENCE = 0.95
 """Of all intervals of quality."""

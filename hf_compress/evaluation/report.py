@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.handover import plan_of
-from ..checkpoint.record import Record, read_record, record_of
-from ..core.errors import DeviceError, UnsupportedModelError, listed
+from ..checkpoint.inputs import InputSet
+from ..checkpoint.record import Record, record_of
+from ..core.errors import InputError, UnsupportedModelError
 from ..core.plan import Plan
-from ..modules.kernels.choose import kernel_counts
+from ..modules.kernels.choose import REFERENCE
+from ..modules.swap import packed_modules
 from .environment import Environment, environment
-from .forward import device_of, evaluating
-from .latency import LatencyComparison, measure_latency, synchronizer
-from .quality import Task, evaluate_quality
+from .forward import device_of, evaluating, refusing
+from .latency import LatencyComparison, check_timing, measure_latency, synchronizer
+from .quality import Task, prepare_quality
+from .quality_data import check_arguments
 from .quality_results import QualityResult
 from .report_files import headline, read_report, to_markdown, write_report
 from .report_inputs import latency_inputs, runner
+from .report_pair import check_sizes, checked_plan, checked_record
 from .report_schema import SCHEMA, Coverage, KeptWeight, Layer, Report, SchemeCount, Size
 from .size import disk_bytes, resident_bytes, stored_bytes
 
@@ -43,6 +48,9 @@ __all__ = [
     "write_report",
 ]
 
+WARMUP = 3
+"""Untimed calls of each side before its pairs."""
+
 
 def evaluate(
     model: nn.Module,
@@ -60,7 +68,8 @@ def evaluate(
 ) -> Report:
     """Measure a compressed model against the original: size, coverage, latency, quality.
 
-    Both run in eval mode and `torch.inference_mode`; their training flags are restored.
+    Both run in eval mode and `torch.inference_mode`; their training flags are restored. Everything given is checked
+    before anything is measured, and latency is measured last.
 
     Args:
         model: A model that this package compressed.
@@ -77,17 +86,23 @@ def evaluate(
         batch_size: Examples per forward for quality.
 
     Raises:
-        UnsupportedModelError: The model was not compressed by this package, or the baseline is another class, is
-            compressed too or has no weights, or the checkpoint holds another compression.
+        UnsupportedModelError: The model was not compressed by this package, or the baseline is of another class or
+            size, is compressed too or has no weights, or the checkpoint holds another compression.
         DeviceError: Model and baseline are on different devices.
-        InputError: The inputs don't fit, or none can be made.
+        InputError: The inputs don't fit or the model can't run them, or none can be made.
         EvaluationDataError, MeasurementError, CheckpointNotFoundError, CorruptCheckpointError: As their names say.
     """
-    plan = _checked_plan(model, baseline)
-    record = None if path is None else _checked_record(Path(path), plan)
+    plan = checked_plan(model, baseline)
+    check_timing(pairs, WARMUP, clock)
+    check_arguments(task, max_length, batch_size)
+    measure_quality = _prepared_quality(model, baseline, data, tokenizer, task, max_length, batch_size)
+    check_sizes(model, baseline)
+    record = None if path is None else checked_record(Path(path), plan)
+    sets = latency_inputs(model, inputs)
     here = environment()
-    latency = _latency(model, baseline, inputs, pairs, clock)
-    quality = _quality(model, baseline, data, tokenizer, task, max_length, batch_size)
+    _try_inputs(model, baseline, sets)
+    quality = None if measure_quality is None else measure_quality()
+    latency = _latency(model, baseline, sets, pairs, clock)
     return Report(
         model=record_of(baseline, plan).source or (record or record_of(model, plan)).source,
         architecture=type(model).__name__,
@@ -97,7 +112,7 @@ def evaluate(
         size=_size(model, baseline, path, record),
         coverage=_coverage(plan),
         layers=_layers(plan),
-        kernels=kernel_counts(model),
+        kernels=_running_kernels(model),
         latency=latency,
         quality=quality,
         proof=None if record is None else record.proof,
@@ -106,64 +121,42 @@ def evaluate(
     )
 
 
-def _checked_plan(model: nn.Module, baseline: nn.Module) -> Plan:
-    """The model's plan, once model and baseline are a pair that can be compared."""
-    plan, name = plan_of(model), type(model).__name__
-    if plan is None:
-        raise UnsupportedModelError(
-            f"The {name} was not compressed by hf_compress: it has no plan.",
-            "hf_compress.quantize(model, config) or hf_compress.load(path); the order is evaluate(model, baseline)",
-        )
-    if plan_of(baseline) is not None:
-        raise UnsupportedModelError(
-            f"The baseline, a {type(baseline).__name__}, is compressed too; quantize changes a live model in place.",
-            "pass the original: load it again, or copy.deepcopy(model) before quantizing",
-        )
-    if not isinstance(model, type(baseline)):
-        raise UnsupportedModelError(
-            f"The model is a {name} and its baseline a {type(baseline).__name__}.",
-            f"load the original with {name}.from_pretrained",
-        )
-    devices = [device_of(side) for side in (model, baseline)]
-    if "meta" in (device.type for device in devices):
-        raise UnsupportedModelError(f"The {name} or its baseline is on the meta device.", "load the weights")
-    if devices[0] != devices[1]:
-        raise DeviceError(
-            f"The model is on {devices[0]} and its baseline on {devices[1]}.", f'baseline.to("{devices[0]}")'
-        )
-    return plan
-
-
-def _checked_record(path: Path, plan: Plan) -> Record:
-    """The checkpoint's record, once it is of the same compression as the model."""
-    record = read_record(path)
-    there = {row.name: row.scheme for row in record.plan.rows}
-    here = {row.name: row.scheme for row in plan.rows}
-    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-    if differing or record.plan.method != plan.method:
-        detail = f": they differ at {listed(differing, 3)}" if differing else ""
-        raise UnsupportedModelError(
-            f"{path} holds another compression ({record.plan.method}) than the model ({plan.method}){detail}.",
-            f'model = hf_compress.load("{path}")',
-        )
-    return record
+def _try_inputs(model: nn.Module, baseline: nn.Module, sets: dict[str, InputSet]) -> None:
+    """Run both once on each input, so that one that doesn't fit is refused before anything is measured."""
+    wait = synchronizer(device_of(model))
+    with evaluating(model, baseline):
+        for name, one in sets.items():
+            for told, side in (("model", model), ("baseline", baseline)):
+                with refusing(
+                    InputError,
+                    f"The {told}, a {type(side).__name__}, can't run the inputs {name}",
+                    'inputs=dict(tokenizer("a text", return_tensors="pt")), of the model\'s own processor',
+                ):
+                    runner(side, one)()
+                    if wait is not None:
+                        wait()
 
 
 def _latency(
-    model: nn.Module, baseline: nn.Module, inputs: object, pairs: int, clock: Callable[[], float]
+    model: nn.Module, baseline: nn.Module, sets: dict[str, InputSet], pairs: int, clock: Callable[[], float]
 ) -> dict[str, LatencyComparison]:
     """The comparison for each input, named by its shape."""
     wait = synchronizer(device_of(model))
     with evaluating(model, baseline):
         return {
             name: measure_latency(
-                runner(model, one), runner(baseline, one), pairs=pairs, clock=clock, synchronize=wait
+                runner(model, one),
+                runner(baseline, one),
+                pairs=pairs,
+                warmup=WARMUP,
+                clock=clock,
+                synchronize=wait,
             )
-            for name, one in latency_inputs(model, inputs).items()
+            for name, one in sets.items()
         }
 
 
-def _quality(
+def _prepared_quality(
     model: nn.Module,
     baseline: nn.Module,
     data: Data | None,
@@ -171,8 +164,8 @@ def _quality(
     task: Task | None,
     max_length: int | None,
     batch_size: int,
-) -> QualityResult | None:
-    """Quality on the data, if there is any."""
+) -> Callable[[], QualityResult] | None:
+    """The measurement of quality on the data, once that is checked, if there is any."""
     if data is None:
         return None
     if not isinstance(model, PreTrainedModel) or not isinstance(baseline, PreTrainedModel):
@@ -180,7 +173,7 @@ def _quality(
             f"The quality of a {type(model).__name__} can't be measured: it is no transformers model.",
             "leave `data` out",
         )
-    return evaluate_quality(model, baseline, data, tokenizer, task, max_length=max_length, batch_size=batch_size)
+    return prepare_quality(model, baseline, data, tokenizer, task, max_length=max_length, batch_size=batch_size)
 
 
 def _size(model: nn.Module, baseline: nn.Module, path: str | Path | None, record: Record | None) -> Size:
@@ -195,6 +188,20 @@ def _size(model: nn.Module, baseline: nn.Module, path: str | Path | None, record
         stock_resident_before=before,
         stock_resident_after=after,
     )
+
+
+def _running_kernels(model: nn.Module) -> dict[str, int]:
+    """How many packed modules each kernel really runs.
+
+    A kernel runs on float32 only, and the inputs follow the model's data type, as the scales do: after
+    `model.to(torch.bfloat16)` the chosen kernel is still there, but the reference runs.
+    """
+    counts: Counter[str] = Counter()
+    for _, module in packed_modules(model):
+        scale, kernel = module._buffers.get("weight_scale"), module.hfc_kernel
+        runs = kernel is not None and scale is not None and scale.dtype == torch.float32
+        counts[kernel.name if kernel is not None and runs else REFERENCE] += 1
+    return dict(sorted(counts.items()))
 
 
 def _coverage(plan: Plan) -> Coverage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -125,6 +126,11 @@ def finite(value: float, name: str) -> float:
             fix="hf-compress diagnose names the first layer that does",
         )
     return value
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether it is an integer, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_count(count: int, what: str) -> None:

@@ -52,7 +52,8 @@ def encode_model(model: nn.Module, plan: Plan, layout: CheckpointFormat) -> dict
         for name in module.hfc_layouts:
             for suffix in ("packed", "scale", "zero_point"):
                 state.pop(f"{path}.{name}_{suffix}", None)
-            state.update(layout.encode(rows[path, name], packed_tensor(module, name)))
+            row = rows[path.replace(".base_layer", ""), name]  # PEFT wraps layers under this name
+            state.update(layout.encode(row, packed_tensor(module, name)))
     return state
 
 

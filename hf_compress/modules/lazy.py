@@ -31,6 +31,7 @@ class LazyWeight(Tensor):
     """A tensor without storage that dequantizes a packed weight when an operation needs its values."""
 
     packed: PackedTensor
+    _is_hf_initialized: bool
 
     @staticmethod
     def __new__(cls, packed: PackedTensor) -> LazyWeight:
@@ -39,6 +40,7 @@ class LazyWeight(Tensor):
             cls, packed.layout.parameter_shape, dtype=packed.scale.dtype, device=packed.codes.device
         )
         made.packed = packed
+        made._is_hf_initialized = True  # transformers must not initialise what it can't write to
         return made
 
     def __init__(self, packed: PackedTensor) -> None:

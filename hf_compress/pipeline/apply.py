@@ -50,7 +50,7 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
     quantized = run(weight, layout.weights)
     if not bool(torch.isfinite(quantized.scale).all()):
         raise WeightValueError(
-            f"The range of {row.name} is too wide for {quantized.scale.dtype}: a scale overflows. Nothing was changed.",
+            f"The range of {row.name} is too wide for {quantized.scale.dtype}: a scale overflows.",
             f'repair the checkpoint, or skip=["{row.name}"] to keep the weight as it is',
         )
     unpacked = PackedTensor(layout, quantized.codes, quantized.scale, quantized.zero_point)

@@ -22,6 +22,7 @@ from ..core.errors import (
     UnsupportedModelError,
 )
 from ..core.plan import Plan
+from ..core.weights import kept_in_float32
 from ..modules.swap import pack_module
 from .apply import pack_weight, with_results
 from .loading import announce, check_range, complete
@@ -118,8 +119,15 @@ def _quantize_live(model: nn.Module, config: QuantConfig, progress: Progress | N
 
 
 def _cast_live(model: nn.Module, plan: Plan, dtype: torch.dtype) -> nn.Module:
-    """Cast a live model, unless it would overflow."""
+    """Cast a live model as transformers would load it, unless it would overflow.
+
+    Buffers that are not saved, such as rotary frequencies, stay as they are.
+    """
     check_range(model, dtype)
-    model.to(dtype)
+    kept = kept_in_float32(model, dtype)
+    saved = set(model.state_dict())
+    for name, value in [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]:
+        if value.is_floating_point():
+            value.data = value.data.to(torch.float32 if kept(name) else dtype)
     complete(model, plan)
     return model

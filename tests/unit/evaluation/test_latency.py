@@ -192,6 +192,16 @@ def test_impossible_requests() -> None:
         measure_latency(int, int, pairs=7)
     with pytest.raises(MeasurementError, match="warmup=-1"):
         measure_latency(int, int, warmup=-1)
+    for arguments, message in (
+        ({"pairs": "many"}, "pairs='many' is a str"),
+        ({"pairs": 8.5}, "pairs=8.5 is a float"),
+        ({"pairs": True}, "pairs=True is a bool"),
+        ({"warmup": None}, "warmup=None is a NoneType"),
+        ({"clock": 1.0}, "clock is a float"),
+    ):
+        with pytest.raises(MeasurementError, match=message) as caught:
+            measure_latency(int, int, **arguments)  # type: ignore[arg-type]
+        assert caught.value.fix
     with pytest.raises(MeasurementError, match="no candidate"):
         compare_many({}, int)
 

@@ -548,11 +548,22 @@ def test_arguments_that_do_not_fit(
     refuse("batch_size=0", batch_size=0)
     refuse("max_length=33 is not from 2 to the model's 32", max_length=33)
     refuse("max_length=1 ", max_length=1)
+    refuse("batch_size='8' is a str", batch_size="8")
+    refuse("batch_size=True is a bool", batch_size=True)
+    refuse("max_length=9.0 is a float", max_length=9.0)
+    refuse("task='clasification' .*Did you mean 'classification'", task="clasification")
+    refuse("task='' ", task="")
+    refuse("task=3 ", task=3)
+    images = [(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 2, 2), 1)]
+    refuse(r"can't run the data as", data=images)
     refuse("Images can't measure", data=[(torch.zeros(1, 2, 2), 0)], task="embedding")
     regression = BertForSequenceClassification(bert_config(num_labels=1))
     refuse("num_labels=1", UnsupportedModelError, model=regression, baseline=regression, data=[("a cat", 0)])
     refuse("gave no last_hidden_state|gave no logits", UnsupportedModelError, task="causal-lm",
            model=classifier.bert, baseline=classifier.bert)  # fmt: skip
+    refuse("gave no logits of 3 dimensions", UnsupportedModelError, task="causal-lm")
+    refuse("gave no logits of 2 dimensions", UnsupportedModelError, task="classification", batch_size=1,
+           model=language_model, baseline=language_model, data=[("the cat", 0), ("a", 1)])  # fmt: skip
     alone = evaluate_quality(classifier, classifier, LABELLED, make_tokenizer(pad=None), batch_size=1)
     assert isinstance(alone.result, ClassificationQuality)
 

@@ -44,6 +44,7 @@ from hf_compress.evaluation.report import (
     write_report,
 )
 from hf_compress.evaluation.report_inputs import latency_inputs, runner
+from hf_compress.modules.swap import packed_modules, packed_tensor
 from tests._utils.tiny import tiny, tiny_tokenizer
 
 SLOWER = "SLOWER THAN THE ORIGINAL"
@@ -293,6 +294,95 @@ def test_models_that_are_no_pair(tmp_path: Path) -> None:
         evaluate(model, baseline, inputs=INPUTS, pairs=2)
     with pytest.raises(EvaluationDataError, match="tokenizer is a NoneType"):
         evaluate(model, baseline, ["a", "b"], inputs=INPUTS, pairs=8)
+
+
+def test_baseline_of_another_size() -> None:
+    model, baseline = pair()
+    data = {"data": ["a", "b"], "tokenizer": tiny_tokenizer()}
+    for other, message in (
+        (tiny("llama"), "differ in num_hidden_layers 1 and 2"),
+        (tiny("llama", num_hidden_layers=1, intermediate_size=96), r"intermediate_size 128 and 96, .*_proj"),
+        (tiny("llama", num_hidden_layers=1, vocab_size=130), "vocab_size 128 and 130"),
+        (tiny("llama", num_hidden_layers=1, num_key_value_heads=4), r"k_proj.weight \(32, 64\) and \(64, 64\)"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message) as caught:
+            evaluate(model, other, inputs=INPUTS, pairs=8, clock=untouched, **data)
+        assert caught.value.fix
+    for sides in ((None, baseline), ("path", baseline), (model, None), (model, type(model))):
+        with pytest.raises(UnsupportedModelError, match="and no module"):
+            evaluate(*sides, inputs=INPUTS, pairs=8)
+
+
+def untouched(*_: Any, **__: Any) -> float:
+    pytest.fail("something ran before all was checked")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"data": []}, EvaluationDataError),
+        ({"data": 3}, EvaluationDataError),
+        ({"data": [("a", 0), ("b", 7)]}, EvaluationDataError),
+        ({"data": [("a", 0)], "tokenizer": None}, EvaluationDataError),
+        ({"data": ["a"], "task": "embedding"}, EvaluationDataError),
+        ({"data": ["a"], "task": "causal-lm"}, EvaluationDataError),
+        ({"data": [("a", 0)], "max_length": 65}, EvaluationDataError),
+        ({"task": "clasification"}, EvaluationDataError),
+        ({"batch_size": "8"}, EvaluationDataError),
+        ({"max_length": "9"}, EvaluationDataError),
+        ({"pairs": "many"}, MeasurementError),
+        ({"pairs": 7}, MeasurementError),
+        ({"inputs": {"input_ids": 3}}, InputError),
+        ({"path": "nowhere"}, CheckpointNotFoundError),
+    ],
+)
+def test_arguments_are_checked_before_any_forward(
+    arguments: dict[str, Any], error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, baseline = pair("bert-classifier")
+    for side in (model, baseline):
+        side.register_forward_pre_hook(untouched)
+    with pytest.raises(error):
+        evaluate(model, baseline, **{"tokenizer": tiny_tokenizer(), "inputs": INPUTS, "clock": untouched, **arguments})
+
+
+def test_inputs_that_the_model_cannot_run() -> None:
+    model, baseline = pair()
+    for ids in (torch.full((1, 4), 10**6), torch.ones(1, 4)):
+        with pytest.raises(
+            InputError, match=r"The model, a LlamaForCausalLM, can't run the inputs input_ids 1×4: "
+        ) as caught:
+            evaluate(model, baseline, inputs={"input_ids": ids}, pairs=8, clock=untouched)
+        assert caught.value.fix
+    assert not any(module.training for module in model.modules())
+
+
+class Spy:
+    """A kernel that counts its calls, and leaves the work to the module's own class."""
+
+    name, tolerance = "spy", 0.0
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def run(self, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return torch.nn.functional.linear(value, packed_tensor(module, "weight").dense())
+
+
+def test_kernels_are_those_that_run() -> None:
+    model, baseline = pair(config=hfc.Int8DynamicQuantConfig())
+    spy = Spy()
+    modules = [module for _, module in packed_modules(model)]
+    for module in modules:
+        module.hfc_kernel = spy  # type: ignore[assignment]
+    assert evaluate(model, baseline, inputs=INPUTS, pairs=8).kernels == {"spy": len(modules)}
+    assert spy.calls
+    spy.calls = 0
+    both = [side.to(torch.bfloat16) for side in (model, baseline)]
+    assert evaluate(*both, inputs=INPUTS, pairs=8).kernels == {"reference": len(modules)}
+    assert not spy.calls
 
 
 def test_training_flags_come_back() -> None:

@@ -192,7 +192,7 @@ def test_module_gives_its_reference_in_any_rank(shape: tuple[int, ...]) -> None:
 def test_strided_input() -> None:
     module = packed_linear()
     module.hfc_kernel = KERNELS[0]
-    value = random(24, 5).t()
+    value = random(24, 5).t().unsqueeze(0)
     assert torch.equal(module(value), module(value.contiguous()))
 
 
