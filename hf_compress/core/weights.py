@@ -5,6 +5,7 @@ Works on a model on the meta device; reads no values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum

@@ -124,7 +124,7 @@ CASES = (
         name="cast-skip",
         provoke=lambda arena: lambda: hfc.CastConfig(skip=["lm_head"]),
         code="HFC202",
-        words=("skip", "lm_head", "at most 0"),
+        words=("takes no skip", "lm_head", "leave skip out"),
     ),
     Case(
         name="cast-dtype",
@@ -141,8 +141,8 @@ CASES = (
     Case(name="dict-no-method", provoke=from_dict({"bits": 4}), code="HFC202", words=("'method'", "rtn")),
     Case(name="dict-unknown-key", provoke=from_dict({"method": "rtn", "bit": 4}), code="HFC202", words=("'bits'",)),
     Case(name="dict-bad-version", provoke=from_dict({"method": "rtn", "version": "x"}), code="HFC202", words=("'x'",)),
-    Case(name="dict-none", provoke=from_dict(None), code="HFC202", words=("NoneType", "dictionary")),
-    Case(name="dict-a-list", provoke=from_dict(["rtn"]), code="HFC202", words=("list", "dictionary")),
+    Case(name="dict-none", provoke=from_dict(None), code="HFC202", words=("got None", "dictionary")),
+    Case(name="dict-a-list", provoke=from_dict(["rtn"]), code="HFC202", words=("got ['rtn']", "dictionary")),
     Case(name="dict-number-key", provoke=from_dict({"method": "rtn", 4: 4}), code="HFC202", words=("4",)),
     Case(name="dict-method", provoke=from_dict({"method": "rtm"}), code="HFC204", words=("'rtm'", "'rtn'")),
     Case(name="dict-method-list", provoke=from_dict({"method": ["rtn"]}), code="HFC204", words=("['rtn']", "rtn")),
@@ -155,7 +155,7 @@ CASES = (
     Case(name="method-twice", provoke=_register_twice, code="HFC204", words=("'rtn'", "already")),
     Case(
         name="base-config",
-        provoke=with_config("quantize", lambda: hfc.QuantConfig()),
+        provoke=lambda arena: lambda: hfc.QuantConfig(),
         code="HFC202",
         words=("QuantConfig", "RTNQuantConfig"),
     ),
@@ -247,5 +247,5 @@ CASES = (
     # Weights that are no floating-point numbers.
     Case(name="weights-int8", provoke=_not_floating(torch.int8), code="HFC101", words=("int8",)),
     Case(name="weights-complex", provoke=_not_floating(torch.complex64), code="HFC101", words=("complex64",)),
-    Case(name="weights-float8", provoke=_not_floating(torch.float8_e4m3fn), code="HFC402", words=("float8",)),
+    Case(name="weights-float8", provoke=_not_floating(torch.float8_e4m3fn), code="HFC101", words=("float8",)),
 )

@@ -227,7 +227,7 @@ CASES = (
         name="architecture-none",
         provoke=of_id(with_config(architectures=None)),
         code="HFC403",
-        words=("no architecture", "pass it"),
+        words=("architectures None", "LlamaConfig", "pass it"),
     ),
     Case(name="architecture-a-number", provoke=of_id(with_config(architectures=[42])), code="HFC403", words=("42",)),
     Case(
@@ -327,10 +327,10 @@ CASES = (
         code="HFC407",
         words=("lm_head", "random"),
     ),
-    Case(name="empty-id", provoke=of_id(with_weights(_empty)), code="HFC402", words=("no values", "down_proj")),
+    Case(name="empty-id", provoke=of_id(with_weights(_empty)), code="HFC407", words=("(0, 128)", "down_proj")),
     Case(name="shape-id", provoke=of_id(with_weights(_other_shape)), code="HFC407", words=("down_proj", "64")),
     Case(name="shape-stock", provoke=stock(with_weights(_other_shape)), code="HFC407", words=("down_proj", "64")),
-    Case(name="truncated-id", provoke=of_id(_truncated), code="HFC702", words=("model.safetensors",)),
+    Case(name="truncated-id", provoke=of_id(_truncated), code="HFC702", words=("llama", "damaged")),
     # Loading options of transformers.
     Case(
         name="stock-disk",

@@ -190,7 +190,7 @@ CASES = (
         words=("another compression", "hf_compress.load"),
     ),
     # The command line.
-    Case(name="cli-model-missing", provoke=quantize(_missing), code="HFC406", words=("none", "config.json")),
+    Case(name="cli-model-missing", provoke=quantize(_missing), code="HFC406", words=("none", "check the path")),
     Case(name="cli-id", provoke=quantize(lambda arena: "no/such-model"), code="HFC406", words=("no/such-model",)),
     Case(name="cli-method", provoke=quantize(_dense, "--method", "gtpq"), code="HFC204", words=("gtpq", "rtn")),
     Case(name="cli-bits", provoke=quantize(_dense, "--bits", "99"), code="HFC202", words=("bits=99",)),

@@ -71,7 +71,7 @@ def test_group_size(group_size: Any) -> None:
 
 
 def test_group_size_in_a_rule_names_the_rule() -> None:
-    refused("rules.0.group_size=0 is not possible", rules=[{"pattern": "a", "group_size": 0}])
+    refused("In rules.0: group_size=0 is not possible", rules=[{"pattern": "a", "group_size": 0}])
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_rules_is_a_list_and_the_fix_can_be_pasted(value: Any) -> None:
 
 def test_rules_hold_rules() -> None:
     refused("rules.1='lm_head' is not possible", rules=[{"pattern": "a", "bits": 2}, "lm_head"])
-    refused("Field required", rules=[{"bits": 2}])
-    refused("rules.0.pattern='' is not possible", rules=[{"pattern": "", "bits": 2}])
-    refused("rules.0.bits=9 is not possible", rules=[{"pattern": "a", "bits": 9}])
-    refused("rules.0.keep=1 is not possible", rules=[{"pattern": "a", "keep": 1}])
+    refused("In rules.0: The key 'pattern' is missing", rules=[{"bits": 2}])
+    refused("In rules.0: pattern='' is not possible", rules=[{"pattern": "", "bits": 2}])
+    refused("In rules.0: bits=9 is not possible", rules=[{"pattern": "a", "bits": 9}])
+    refused("In rules.0: keep=1 is not possible", rules=[{"pattern": "a", "keep": 1}])
     assert RTNQuantConfig(rules=[Rule(pattern="a", bits=2)]).rules == (Rule(pattern="a", bits=2),)
 
 
@@ -144,7 +144,7 @@ def test_misspelt_key(wrong: str, right: str) -> None:
 
 
 def test_misspelt_key_in_a_rule() -> None:
-    message = refused("Unknown key 'rules.0.bit'. Did you mean 'bits'?", rules=[{"pattern": "a", "bit": 3}])
+    message = refused("In rules.0: Unknown key 'bit'. Did you mean 'bits'?", rules=[{"pattern": "a", "bit": 3}])
     assert "known keys: pattern, keep, bits" in message
 
 

@@ -256,10 +256,19 @@ def test_extreme_magnitudes_stay_finite(magnitude: str, dtype: torch.dtype, symm
     assert float((rebuilt - weight.double()).abs().max()) <= float(weight.double().abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_range_beyond_float32_stays_finite(dtype: torch.dtype) -> None:
-    """From -max to max: the difference of the two overflows float32, the scale must not."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_range_beyond_float32_is_refused(dtype: torch.dtype) -> None:
+    """From -max to max: the difference of the two overflows float32."""
     weight = torch.linspace(-1, 1, 16).view(1, 16).to(dtype) * torch.finfo(dtype).max
+    (row,) = plan(_linear(weight), _config("channel", symmetric=False)).quantized
+    with pytest.raises(WeightValueError, match=f"range of 0 is too wide for {dtype}") as caught:
+        pack_weight(row, weight, "rtn")
+    assert 'skip=["0"]' in caught.value.fix
+
+
+def test_range_of_float16_fits_float32() -> None:
+    """From -max to max: the difference of the two overflows float16 only, the scale does not."""
+    weight = torch.linspace(-1, 1, 16).view(1, 16).half() * torch.finfo(torch.float16).max
     made = quantize(weight, weight_args(4, "channel", False))
     assert bool(made.scale.isfinite().all())
     assert len(made.codes.unique()) > 2
@@ -380,10 +389,10 @@ def _linear(weight: Tensor) -> torch.nn.Module:
     return torch.nn.Sequential(module)
 
 
-def _config(group_size: int | str) -> object:
+def _config(group_size: int | str, *, symmetric: bool = True) -> object:
     from hf_compress.methods.rtn import RTNQuantConfig
 
-    return RTNQuantConfig(group_size=group_size)
+    return RTNQuantConfig(group_size=group_size, symmetric=symmetric)
 
 
 def test_scheme_of_fields() -> None:
