@@ -264,7 +264,8 @@ def _row(
 def _left_in_float32(row: PlanRow) -> PlanRow:
     """A row that transformers does not cast."""
     reason = "transformers keeps it in float32 for this architecture"
-    return row.model_copy(update={"cast": None, "scheme": "kept", "reason": reason, "in_scope": False})
+    changes = {"cast": None, "dtype": "float32", "scheme": "kept", "reason": reason, "in_scope": False}
+    return row.model_copy(update=changes)
 
 
 def _name(dtype: torch.dtype) -> str:

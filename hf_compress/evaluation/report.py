@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -103,22 +103,30 @@ def evaluate(
     _try_inputs(model, baseline, sets)
     quality = None if measure_quality is None else measure_quality()
     latency = _latency(model, baseline, sets, pairs, clock)
+    measured = {"latency": latency, "quality": quality, "environment": here}
     return Report(
-        model=record_of(baseline, plan).source or (record or record_of(model, plan)).source,
-        architecture=type(model).__name__,
-        method=plan.method,
-        request=plan.request,
-        format=plan.format,
-        size=_size(model, baseline, path, record),
-        coverage=_coverage(plan),
-        layers=_layers(plan),
-        kernels=_running_kernels(model),
-        latency=latency,
-        quality=quality,
-        proof=None if record is None else record.proof,
-        environment=here,
+        **_described(model, baseline, plan, path, record),
+        **measured,
         notes=(*plan.notes, *_notes(here, record, quality)),
     )
+
+
+def _described(
+    model: nn.Module, baseline: nn.Module, plan: Plan, path: str | Path | None, record: Record | None
+) -> dict[str, Any]:
+    """The fields of a report that need no measurement."""
+    return {
+        "model": record_of(baseline, plan).source or (record or record_of(model, plan)).source,
+        "architecture": type(model).__name__,
+        "method": plan.method,
+        "request": plan.request,
+        "format": plan.format,
+        "size": _size(model, baseline, path, record),
+        "coverage": _coverage(plan),
+        "layers": _layers(plan),
+        "kernels": _running_kernels(model),
+        "proof": None if record is None else record.proof,
+    }
 
 
 def _try_inputs(model: nn.Module, baseline: nn.Module, sets: dict[str, InputSet]) -> None:

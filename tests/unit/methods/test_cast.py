@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hf_compress.core.errors import WeightValueError
 from hf_compress.methods.cast import CastConfig
 from hf_compress.pipeline.quantize import quantize
-from tests._utils.tiny import output, tiny, tiny_inputs
+from tests._utils.tiny import output, tiny, tiny_dir, tiny_inputs
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_cast_is_to(name: str, dtype: torch.dtype) -> None:
+def test_cast_is_what_transformers_loads(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Not `model.to`, which also casts the rotary frequencies."""
     model = quantize(tiny("llama"), CastConfig(dtype=name))
-    expected = tiny("llama").to(dtype)
+    expected = AutoModelForCausalLM.from_pretrained(tiny_dir("llama", tmp_path), dtype=dtype)
     inputs = tiny_inputs(model)
     assert {value.dtype for value in model.parameters()} == {dtype}
     assert torch.equal(output(model, inputs), output(expected, inputs))
