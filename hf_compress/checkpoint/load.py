@@ -105,8 +105,8 @@ def check_plan(plan: Plan, model: PreTrainedModel) -> None:
         planned = (row.name, row.kind, row.shape, row.transposed, row.parts)
         if weight is None or planned != (weight.name, weight.kind, weight.shape, weight.transposed, weight.parts):
             raise CorruptCheckpointError(
-                f"The plan's row for {row.name} does not fit the model: {type(model).__name__} has "
-                f"{'no such weight' if weight is None else f'{weight.kind} {weight.shape}'}.",
+                f"The plan's row for {row.name} ({row.parameter}: {row.kind} {row.shape}) does not fit the model: "
+                f"{type(model).__name__} has {'none' if weight is None else f'{weight.kind} {weight.shape}'} there.",
                 "save the model again",
             )
 

@@ -60,7 +60,7 @@ def damaged_if_it_fails(what: str) -> Iterator[None]:
         raise
     except (*LOADER_ERRORS, StrictDataclassError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CorruptCheckpointError(f"{what} can't be loaded: {line}.", "save the model again") from error
+        raise CorruptCheckpointError(f"{what} can't be loaded: {line.rstrip('.')}.", "save the model again") from error
 
 
 def architecture_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -256,7 +256,7 @@ def _config_error(fields_type: type[BaseModel], error: ValidationError) -> Confi
     errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
     first = errors[0]
     field, *inner = first["loc"]
-    place = ".".join(str(part) for part in (field, *inner[:2])) if field == "rules" else str(field)
+    place = ".".join(str(part) for part in (field, *inner[:2])) if field in ("rules", "skip") else str(field)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return ConfigError(f"In {place}: {cause.message}", cause.fix)

@@ -73,9 +73,11 @@ def check_range(model: torch.nn.Module, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     for name, value in model.named_parameters():
         seen = float(value.detach().abs().amax()) if value.is_floating_point() and value.numel() else 0.0
-        if not seen <= largest:
-            raise WeightValueError(
-                f"{name} has values up to {seen:.3g}, beyond {largest:.3g} in {str(dtype).removeprefix('torch.')}. "
-                "Nothing was changed.",
-                'use dtype="bf16", whose range is that of float32, or repair the weights',
-            )
+        if seen <= largest:
+            continue
+        fits = dtype == torch.float16 and seen < float("inf")
+        raise WeightValueError(
+            f"{name} has values up to {seen:.3g}, beyond {largest:.3g} in {str(dtype).removeprefix('torch.')}. "
+            "Nothing was changed.",
+            'use dtype="bf16", whose range is that of float32' if fits else "repair the weights",
+        )

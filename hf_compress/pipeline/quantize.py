@@ -67,7 +67,7 @@ def quantize(
         raise
     except SafetensorError as error:
         raise CorruptCheckpointError(
-            f"The weights of {str(model_or_id)!r} are damaged: {first_line(error)}", "download or save them again"
+            f"The weights of {str(model_or_id)!r} are damaged: {first_line(error)}.", "download or save them again"
         ) from error
     except OSError as error:
         raise ModelNotFoundError(
