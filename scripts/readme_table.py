@@ -66,7 +66,7 @@ def row(name: str, report: dict[str, Any]) -> str:
     size, result = report["size"], report["quality"]["result"]
     speeds = " | ".join(speed(report["latency"], shape) for shape in ("1x128", "8x128"))
     return (
-        f"| {NAMES[name]} | {mb(size['disk_weights'])} | {mb(size['resident'])} | {result['accuracy']:.1%} | {speeds} | "
+        f"| {NAMES[name]} | {mb(size['disk']['weights'])} | {mb(size['resident'])} | {result['accuracy']:.1%} | {speeds} | "
         f"{report['proof']['level']} |"
     )
 

@@ -16,6 +16,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
+from ..core import scheme as schemes
 from ..core.registry import Quantized
 
 CHUNK = 1 << 15
@@ -101,14 +102,35 @@ class PackedTensor:
 
 def pack(quantized: Quantized, layout: Layout) -> PackedTensor:
     """Put a method's result into the canonical layout."""
+    return fill(allocate(layout, quantized.scale.dtype, quantized.codes.device), quantized)
+
+
+def allocate(layout: Layout, dtype: torch.dtype, device: torch.device) -> PackedTensor:
+    """A packed tensor without values yet.
+
+    Allocated before a weight is quantized, packed tensors lie side by side and the memory of temporaries can be used
+    again; allocated afterwards, they would leave gaps that grow with the model.
+    """
+    bits, grid = layout.weights.num_bits, schemes.groups(layout.shape, layout.weights)
+    shape, kind = (layout.shape, torch.int8) if bits == 8 else (words_shape(layout.shape, bits), torch.int32)
     return PackedTensor(
-        layout, pack_codes(quantized.codes, layout.weights.num_bits), quantized.scale, quantized.zero_point
+        layout,
+        torch.empty(shape, dtype=kind, device=device),
+        torch.empty(grid, dtype=dtype, device=device),
+        None if layout.weights.symmetric else torch.empty(grid, dtype=torch.int8, device=device),
     )
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack int8 codes along the last dimension; 8 bits stay int8."""
-    return codes.contiguous() if bits == 8 else to_words(codes, bits)
+def fill(packed: PackedTensor, quantized: Quantized) -> PackedTensor:
+    """Write a method's result into an allocated packed tensor."""
+    if packed.codes.dtype == torch.int8:
+        packed.codes.copy_(quantized.codes)
+    else:
+        write_words(quantized.codes, packed.layout.weights.num_bits, packed.codes)
+    packed.scale.copy_(quantized.scale)
+    if packed.zero_point is not None and quantized.zero_point is not None:
+        packed.zero_point.copy_(quantized.zero_point)
+    return packed
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -118,12 +140,17 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """compressed-tensors' int32 words of int8 codes: … × columns → … × ceil(columns · bits / 32)."""
-    flat = codes.reshape(-1, codes.shape[-1])
-    words = torch.empty(words_shape(tuple(flat.shape), bits), dtype=torch.int32, device=codes.device)
+    words = torch.empty(words_shape(tuple(codes.shape), bits), dtype=torch.int32, device=codes.device)
+    write_words(codes, bits, words)
+    return words
+
+
+def write_words(codes: Tensor, bits: int, words: Tensor) -> None:
+    """Write the words of int8 codes into `words`, some rows at a time."""
+    flat, target = codes.reshape(-1, codes.shape[-1]), words.view(-1, words.shape[-1])
     step = max(1, CHUNK // max(1, flat.shape[1]))
     for start in range(0, len(flat), step):
-        words[start : start + step] = _words(flat[start : start + step], bits)
-    return words.view(words_shape(tuple(codes.shape), bits))
+        target[start : start + step] = _words(flat[start : start + step], bits)
 
 
 def _words(rows: Tensor, bits: int) -> Tensor:

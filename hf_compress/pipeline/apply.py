@@ -13,7 +13,7 @@ from ..core.errors import IncompleteLoadError, WeightValueError
 from ..core.plan import Plan, PlanRow
 from ..core.registry import METHODS
 from ..formats.base import layout_of
-from ..modules.packed import PackedTensor, dequantize, pack
+from ..modules.packed import PackedTensor, allocate, dequantize, fill
 
 Progress = Callable[[int, int], None]
 """Called with the number of weights done and the number planned."""
@@ -47,6 +47,7 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
     run = METHODS.get(method).quantize
     if run is None:
         raise ValueError(f"the method {method!r} packs nothing")
+    packed = allocate(layout, weight.dtype, weight.device)
     quantized = run(weight, layout.weights)
     if not bool(torch.isfinite(quantized.scale).all()):
         raise WeightValueError(
@@ -54,7 +55,7 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
             f'repair the checkpoint, or skip=["{row.name}"] to keep the weight as it is',
         )
     unpacked = PackedTensor(layout, quantized.codes, quantized.scale, quantized.zero_point)
-    return pack(quantized, layout), sqnr_db(weight, unpacked)
+    return fill(packed, quantized), sqnr_db(weight, unpacked)
 
 
 def check_values(name: str, weight: Tensor) -> None:

@@ -42,15 +42,19 @@ def quantize(weight: Tensor, args: QuantizationArgs) -> Quantized:
     """
     rows = weight.reshape(-1, weight.shape[-1])
     grid = _grid(*torch.aminmax(rows), args, weight.dtype) if args.strategy == "tensor" else None
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+    parts = []
     step = max(1, CHUNK // rows.shape[1])
-    blocks = [_quantize_rows(block, args, grid) for block in rows.split(step)]
-    codes = torch.cat([block.codes for block in blocks]).view(weight.shape)
+    for start in range(0, len(rows), step):
+        block = _quantize_rows(rows[start : start + step], args, grid)
+        codes[start : start + step] = block.codes
+        parts.append(Quantized(block.codes[:0], block.scale, block.zero_point))
     if grid is not None:
-        return Quantized(codes, grid[0].reshape(1), None if grid[1] is None else grid[1].reshape(1))
+        return Quantized(codes.view(weight.shape), grid[0].reshape(1), None if grid[1] is None else grid[1].reshape(1))
     shape = schemes.groups(tuple(weight.shape), args)
-    scale = torch.cat([block.scale for block in blocks]).view(shape)
-    zeros = [block.zero_point for block in blocks if block.zero_point is not None]
-    return Quantized(codes, scale, torch.cat(zeros).view(shape) if zeros else None)
+    scale = torch.cat([part.scale for part in parts]).view(shape)
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return Quantized(codes.view(weight.shape), scale, torch.cat(zeros).view(shape) if zeros else None)
 
 
 def _quantize_rows(rows: Tensor, args: QuantizationArgs, grid: tuple[Tensor, Tensor | None] | None) -> Quantized:
