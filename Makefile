@@ -40,6 +40,7 @@ quality: $(STAMP) ## Lint, format, types, layers, lengths, docs: what CI runs be
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_length.py
 	$(RUN) $(BIN)/python scripts/check_docs.py
+	$(BIN)/python scripts/readme_table.py --check
 
 style: $(STAMP) ## Format, and mend what ruff can mend
 	$(BIN)/ruff format $(SOURCES)

@@ -145,9 +145,7 @@ def _train_and_save(folder: Path, recipe: Recipe, training: Sequence[Row], held:
         "data": _data_record(training, held),
         "training_seconds": round(seconds, 1),
         "held_out_accuracy": {
-            domain: accuracy(
-                model, tokenizer, [(row.text, row.label) for row in held if row.domain == domain]
-            )
+            domain: accuracy(model, tokenizer, [(row.text, row.label) for row in held if row.domain == domain])
             for domain in get_args(Domain)
         },
     }

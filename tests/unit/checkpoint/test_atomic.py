@@ -329,9 +329,7 @@ def test_recover_cleans_up_after_dead_processes_only(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     make(tmp_path / f".model.tmp-{dead.pid}-00000000")
-    make(
-        tmp_path / f".model.tmp-{os.getpid()}-00000000"
-    )  # a killed predecessor with our id, as in a container
+    make(tmp_path / f".model.tmp-{os.getpid()}-00000000")  # a killed predecessor with our id, as in a container
     alive = make(tmp_path / f".model.tmp-{os.getppid()}-00000000")
     other = make(tmp_path / f".model2.tmp-{dead.pid}-00000000")
     user = make(tmp_path / ".model.tmp-notes")

@@ -109,9 +109,7 @@ def test_example_inputs_run_and_reproduce(name: str) -> None:
     assert {key.partition(".")[0] for key in outputs} == {"0", "1"}
     assert all(bool(value.isfinite().all()) for value in outputs.values())
     again = example_inputs(model)
-    assert all(
-        torch.equal(one[key], other[key]) for one, other in zip(sets, again, strict=True) for key in one
-    )
+    assert all(torch.equal(one[key], other[key]) for one, other in zip(sets, again, strict=True) for key in one)
     shapes = [{key: value.shape for key, value in one.items()} for one in sets]
     assert shapes[0] != shapes[1] or name == "ViTModel"
 

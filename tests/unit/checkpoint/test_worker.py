@@ -76,12 +76,8 @@ def copy(source: Path, target: Path) -> Path:
     return target
 
 
-def forward(
-    worker: CleanWorker, path: Path, architecture: str, folder: Path, **options: Any
-) -> dict[str, Any]:
-    named = {
-        f"{index}.{name}": value for index, one in enumerate(input_sets()) for name, value in one.items()
-    }
+def forward(worker: CleanWorker, path: Path, architecture: str, folder: Path, **options: Any) -> dict[str, Any]:
+    named = {f"{index}.{name}": value for index, one in enumerate(input_sets()) for name, value in one.items()}
     save_file(named, folder / "inputs.safetensors")
     return worker.request(
         "forward",
@@ -209,9 +205,7 @@ def save_compressed(path: Path) -> None:
     change_config(path, quantization_config={**native, "quant_method": "compressed-tensors"})
 
 
-def test_compressed_tensors_on_meta_and_its_growth_at_the_first_forward(
-    worker: CleanWorker, tmp_path: Path
-) -> None:
+def test_compressed_tensors_on_meta_and_its_growth_at_the_first_forward(worker: CleanWorker, tmp_path: Path) -> None:
     save_compressed(tmp_path / "model")
     keys = worker.request("keys", path=tmp_path / "model", architecture="LlamaForCausalLM")
     assert keys["missing_keys"] == keys["unexpected_keys"] == keys["mismatched_keys"] == []

@@ -14,7 +14,6 @@ from hf_compress.modules.packed import (
     dequantize,
     from_words,
     nbytes,
-    pack_codes,
     to_words,
     unpack_codes,
     words_shape,
@@ -58,13 +57,11 @@ def test_words_round_trip_in_any_shape(bits: int, shape: list[int], columns: int
 def test_strided_codes(bits: int) -> None:
     codes = codes_of((40, 6), bits).t()
     assert torch.equal(to_words(codes, bits), pack_to_int32(codes.contiguous(), bits))
-    assert torch.equal(unpack_codes(pack_codes(codes, bits), bits, 40), codes)
+    assert torch.equal(unpack_codes(to_words(codes, bits), bits, 40), codes)
 
 
 def test_eight_bits_stay_int8_in_memory() -> None:
     codes = codes_of((4, 33), 8)
-    assert torch.equal(pack_codes(codes, 8), codes)
-    assert pack_codes(codes.t(), 8).is_contiguous()
     assert unpack_codes(codes, 8, 33) is codes
 
 
