@@ -51,7 +51,7 @@ def measured() -> str:
     base = first["quality"]["result"]
     about = (
         f"`make demo`: MiniLM (22.7 M) fine-tuned into a sentiment classifier, {base['examples']} held-out tweets and "
-        f"product reviews, {here['processor']}, {here['torch_threads']} threads. Speed-up over float32 eager, with its "
+        f"product reviews, {here['processor']}, {here['torch_threads']} threads. Speed-up over float32 eager with its "
         "99 % interval."
     )
     lines = [
