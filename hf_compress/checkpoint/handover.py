@@ -18,11 +18,11 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from ..core.errors import UnsupportedModelError
+from ..core.errors import UnsupportedModelError, listed
 from ..core.plan import Plan
 from ..formats.base import encode_model, format_of
 from ..modules.swap import packed_modules, unpack_module
-from .record import KEY, record_of, sort_metadata
+from .record import FILE, KEY, record_of, sort_metadata
 
 _PLAN = "hfc_plan"
 
@@ -57,7 +57,7 @@ class _Packed:
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The tensors and metadata that `save_pretrained` writes."""
-        plan = plan_of(model)
+        plan = current_plan(model)
         if plan is None:
             raise UnsupportedModelError(f"{type(model).__name__} has lost its plan.", "quantize it again")
         return encode_model(model, plan, format_of(plan)), {KEY: record_of(model, plan).model_dump_json()}
@@ -106,16 +106,30 @@ class PackedSave(PreTrainedModel):
 
         A guarded checkpoint is one file, whose name stock loading doesn't look for.
         """
-        plan, folder = plan_of(self), Path(save_directory)
+        plan, folder = current_plan(self), Path(save_directory)
         name = format_of(plan).weights_file if plan is not None else None
-        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
+        if name and kwargs.get("variant"):
+            raise UnsupportedModelError("A guarded checkpoint has no variants.", "leave `variant` out")
+        push = kwargs.pop("push_to_hub", False)
+        repo_id = kwargs.pop("repo_id", folder.name)
+        hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if push and key in kwargs}
         super().save_pretrained(save_directory, *args, **({**kwargs, "max_shard_size": 1 << 62} if name else kwargs))
+        _forget_proof(folder)
         for file in sorted(folder.glob("model*.safetensors")):
             sort_metadata(file)
         if name and (folder / "model.safetensors").is_file():
             (folder / "model.safetensors").replace(folder / name)
         if push:
-            self.push_to_hub(repo_id, token=kwargs.get("token"))
+            self.push_to_hub(repo_id, **hub)
+
+
+_HUB_OPTIONS = ("token", "private", "commit_message", "commit_description", "revision", "create_pr", "tags")
+
+
+def _forget_proof(folder: Path) -> None:
+    """Delete what an earlier save left beside the new weights: its proof, and its guarded weights."""
+    for name in (FILE, "hf_compress.safetensors"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def hand_over(model: nn.Module, plan: Plan) -> None:
@@ -144,6 +158,30 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
     model.add_model_tags(["hf_compress", plan.method])
+
+
+def current_plan(model: nn.Module) -> Plan | None:
+    """The plan of a compressed model, if the model still is what the plan says.
+
+    Raises:
+        UnsupportedModelError: Layers were removed, replaced or added since it was compressed.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        return None
+    packed = {
+        (path.replace(".base_layer", ""), name, layout.shape)
+        for path, module in packed_modules(model)
+        for name, layout in module.hfc_layouts.items()
+    }
+    planned = {(row.module, row.parameter, row.shape) for row in plan.quantized}
+    changed = sorted(f"{path}.{name}" for path, name, _ in packed ^ planned)
+    if changed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has changed since it was compressed: {listed(changed)} ({len(changed)} weights).",
+            "change the model first, then compress it",
+        )
+    return plan
 
 
 def plan_of(model: object) -> Plan | None:

@@ -29,7 +29,7 @@ from ..modules.kernels.choose import reference_kernels
 from .inputs import InputSet, example_inputs
 from .load import load_packed, read_tensors
 from .proof_worker import run_inputs
-from .record import FILE, Check, Proof
+from .record import FILE, Check, Proof, Record, read_record
 from .truncate import truncate
 from .worker import CleanWorker
 
@@ -180,6 +180,12 @@ def compare(reference: Mapping[str, Tensor], found: Mapping[str, Tensor], limit:
     missing = sorted(set(reference) - set(found))
     if missing:
         raise ProofError(f"The reload gives no {listed(missing)}.", "report this with the model's config")
+    empty = [name for name, value in reference.items() if value.numel() and not bool(torch.isfinite(value).any())]
+    if empty:
+        raise ProofError(
+            f"The model's outputs hold no finite value ({listed(empty)}), so nothing is proven. Nothing was written.",
+            "repair the model, or pass inputs=[...] that it can run",
+        )
     checks = tuple(_check(name, value, found[name], limit) for name, value in sorted(reference.items()))
     failed = [check for check in checks if not check.relative <= limit]
     if failed:
@@ -187,7 +193,8 @@ def compare(reference: Mapping[str, Tensor], found: Mapping[str, Tensor], limit:
         raise ProofError(
             f"The reload differs: {worst.name} by {worst.difference:.3g} (relative {worst.relative:.3g}, limit "
             f"{limit:g}); {len(failed)} of {len(checks)} outputs are off. Nothing was written.",
-            'try format="guarded", and report this with the model\'s config',
+            "if the model was moved to another dtype after it was compressed, compress it again with "
+            'from_pretrained(dtype=...); else try format="guarded" and report this with the model\'s config',
         )
     return checks
 
@@ -275,6 +282,9 @@ def _tensor_check(subject: Subject) -> Check:
     written = read_tensors(subject.path)
     common = [name for name in expected if name in written]
     wrong = [name for name in common if not torch.equal(expected[name].cpu(), written[name])]
+    keys = {key for row in subject.plan.quantized for key in subject.layout.keys(row)}
+    on_disk = {_digest(value) for value in written.values()}
+    wrong += [name for name in sorted(keys - set(common)) if _digest(expected[name]) not in on_disk]
     if wrong or not common:
         raise ProofError(
             f"Tensors differ on disk: {listed(wrong)}. Nothing was written.", "check the disk and save again"
@@ -282,10 +292,29 @@ def _tensor_check(subject: Subject) -> Check:
     return Check(name=f"{len(common)} tensors re-read", difference=0.0, relative=0.0, limit=0.0)
 
 
+def _digest(value: Tensor) -> str:
+    """A hash of a tensor's type, shape and bytes."""
+    flat = value.detach().cpu().contiguous()
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.ndim else flat.numpy().tobytes()
+    return hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}".encode() + data).hexdigest()
+
+
 def file_hashes(path: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint but the record."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != FILE)
     return {file.relative_to(path).as_posix(): _sha256(file) for file in files}
+
+
+def current_record(path: Path) -> Record:
+    """The record of a checkpoint; its proof only counts while the files are those that were proven."""
+    record = read_record(path)
+    if record.proof.level == "none":
+        return record
+    try:
+        check_files(path, record.proof.files)
+    except CorruptCheckpointError as error:
+        return record.model_copy(update={"proof": Proof(reason=error.message)})
+    return record
 
 
 def _sha256(file: Path) -> str:

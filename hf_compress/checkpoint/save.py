@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..core.errors import CheckpointNotFoundError, ConfigError, UnsupportedModelError, WriteError
 from .atomic import atomic_directory, check_output, disk_errors, ensure_space, recover
-from .handover import plan_of
+from .handover import current_plan
 from .inputs import InputSet, normalise_inputs
 from .load import load_packed
 from .proof import check_files, prove
@@ -59,11 +59,16 @@ def save(
         OutputExistsError, WriteError, UnsupportedModelError, ConfigError: As their names say.
     """
     target = output_path(path)
-    plan = plan_of(model)
+    plan = current_plan(model) if isinstance(model, PreTrainedModel) else None
     if not isinstance(model, PreTrainedModel) or plan is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} was not compressed by hf_compress.",
             "compress it with hf_compress.quantize, or use its own save_pretrained",
+        )
+    if vars(model).get("_hf_peft_config_loaded"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an adapter attached, which is saved apart from the model.",
+            "save the adapter with model.save_pretrained, and the model before an adapter is added",
         )
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise ConfigError(
@@ -137,7 +142,7 @@ def output_path(path: object) -> Path:
         raise ConfigError(f"path is a {type(path).__name__}.", "pass a directory name")
     if "\0" in str(path):
         raise WriteError(f"{str(path)!r} has a null byte.", "choose another name")
-    return Path(path)
+    return Path(path).absolute()
 
 
 def checkpoint_path(path: object) -> Path:
@@ -151,7 +156,7 @@ def checkpoint_path(path: object) -> Path:
         raise UnsupportedModelError(f"Expected a directory, got {type(path).__name__}.", "pass the checkpoint's path")
     if "\0" in str(path):
         raise CheckpointNotFoundError(f"{str(path)!r} has a null byte.", "check the path")
-    return Path(path)
+    return Path(path).absolute()
 
 
 def _worker(given: CleanWorker | None) -> Any:

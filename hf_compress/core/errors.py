@@ -1,7 +1,7 @@
 """Every error a user can meet: typed, coded, with the value seen, the place and a fix to paste.
 
 Codes are stable and grouped: 1xx coverage, 2xx configuration and rules, 3xx environment, 4xx models and
-weights, 5xx data, 6xx results, 7xx checkpoints, 8xx formats, 9xx guarded checkpoints.
+weights, 5xx data, 6xx results, 7xx checkpoints, 8xx formats. HFC901 is what a guarded checkpoint tells stock readers.
 """
 
 from __future__ import annotations
@@ -66,18 +66,6 @@ class MethodError(HFCompressError, ValueError):
     code = "HFC204"
 
 
-class MissingPackageError(HFCompressError, ImportError):
-    """An optional package is needed and absent or broken."""
-
-    code = "HFC301"
-
-
-class KernelError(HFCompressError, RuntimeError):
-    """A kernel was asked for that does not run here, or disagrees with the reference."""
-
-    code = "HFC302"
-
-
 class DeviceError(HFCompressError, ValueError):
     """A device, device map or loading option that the operation can't work with."""
 
@@ -124,6 +112,12 @@ class IncompleteLoadError(HFCompressError, RuntimeError):
     """A planned weight was not found in the checkpoint that was read."""
 
     code = "HFC407"
+
+
+class PackedWeightError(HFCompressError, RuntimeError):
+    """Something tried to write to a packed weight, such as a merge of an adapter."""
+
+    code = "HFC408"
 
 
 class CalibrationError(HFCompressError, ValueError):
@@ -190,12 +184,6 @@ class FormatError(HFCompressError, ValueError):
     """No checkpoint format, or not the one asked for, can hold the plan."""
 
     code = "HFC801"
-
-
-class GuardedCheckpointError(HFCompressError, ValueError):
-    """A guarded checkpoint was given to something that only reads stock ones."""
-
-    code = "HFC901"
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,8 +14,7 @@ from ..checkpoint.inputs import InputSet
 from ..checkpoint.record import Record, record_of
 from ..core.errors import InputError, UnsupportedModelError
 from ..core.plan import Plan
-from ..modules.kernels.choose import REFERENCE
-from ..modules.swap import packed_modules
+from ..modules.kernels.choose import kernel_counts
 from .environment import Environment, environment
 from .forward import device_of, evaluating, refusing
 from .latency import LatencyComparison, check_timing, measure_latency, synchronizer
@@ -124,7 +121,7 @@ def _described(
         "size": _size(model, baseline, path, record),
         "coverage": _coverage(plan),
         "layers": _layers(plan),
-        "kernels": _running_kernels(model),
+        "kernels": kernel_counts(model),
         "proof": None if record is None else record.proof,
     }
 
@@ -196,20 +193,6 @@ def _size(model: nn.Module, baseline: nn.Module, path: str | Path | None, record
         stock_resident_before=before,
         stock_resident_after=after,
     )
-
-
-def _running_kernels(model: nn.Module) -> dict[str, int]:
-    """How many packed modules each kernel really runs.
-
-    A kernel runs on float32 only, and the inputs follow the model's data type, as the scales do: after
-    `model.to(torch.bfloat16)` the chosen kernel is still there, but the reference runs.
-    """
-    counts: Counter[str] = Counter()
-    for _, module in packed_modules(model):
-        scale, kernel = module._buffers.get("weight_scale"), module.hfc_kernel
-        runs = kernel is not None and scale is not None and scale.dtype == torch.float32
-        counts[kernel.name if kernel is not None and runs else REFERENCE] += 1
-    return dict(sorted(counts.items()))
 
 
 def _coverage(plan: Plan) -> Coverage:

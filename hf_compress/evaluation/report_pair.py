@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
-from ..checkpoint.handover import plan_of
-from ..checkpoint.record import Record, read_record
+from ..checkpoint.handover import current_plan, plan_of
+from ..checkpoint.proof import current_record
+from ..checkpoint.record import Record
 from ..core.errors import DeviceError, UnsupportedModelError, listed
 from ..core.plan import Plan
 from ..modules.swap import packed_modules
@@ -33,7 +34,7 @@ def checked_plan(model: nn.Module, baseline: nn.Module) -> Plan:
                 f"The {side} is a {type(given).__name__} and no module.",
                 "hf_compress.evaluate(model, baseline), with hf_compress.load(path) for a checkpoint",
             )
-    plan, name = plan_of(model), type(model).__name__
+    plan, name = current_plan(model), type(model).__name__
     if plan is None:
         raise UnsupportedModelError(
             f"The {name} was not compressed by hf_compress: it has no plan.",
@@ -66,7 +67,7 @@ def checked_record(path: Path, plan: Plan) -> Record:
         UnsupportedModelError: It is of another compression.
         CheckpointNotFoundError, CorruptCheckpointError: It can't be read.
     """
-    record = read_record(path)
+    record = current_record(path)
     there = {row.name: row.scheme for row in record.plan.rows}
     here = {row.name: row.scheme for row in plan.rows}
     differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]

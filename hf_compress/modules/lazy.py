@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..core.errors import PackedWeightError
 from .packed import PackedTensor
 
 _FORM = (
@@ -25,6 +26,11 @@ _CHEAP: set[object] = {
     *(Tensor.is_floating_point, torch.is_floating_point, torch.is_complex, Tensor.is_complex, Tensor.__len__),
 }
 """What can be answered without values."""
+
+_OPERATORS = {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
+"""Operators that change their left side."""
 
 
 class LazyWeight(Tensor):
@@ -56,6 +62,8 @@ class LazyWeight(Tensor):
     ) -> Any:
         """Answer questions about the form directly, look up rows in packed form, dequantize for the rest."""
         options = dict(kwargs or {})
+        if _writes(func) and args and isinstance(args[0], LazyWeight):
+            raise refusal(getattr(func, "__name__", "an assignment"))
         if func in _CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **options)
@@ -77,7 +85,26 @@ class LazyWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """The same for calls that come from below Python's torch functions."""
+        if func._schema.is_mutable and args and isinstance(args[0], LazyWeight):  # type: ignore[attr-defined]
+            raise refusal(str(func))
         return func(*tree_map(dense, tuple(args)), **tree_map(dense, dict(kwargs or {})))
+
+
+def refusal(what: str) -> PackedWeightError:
+    """The error for writing to a packed weight: the write would go to a copy and be lost."""
+    return PackedWeightError(
+        f"{what} would change a packed weight, which is read-only.",
+        "call model.dequantize() first, or keep an adapter separate instead of merging it",
+    )
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a torch function changes its first argument."""
+    name = getattr(func, "__name__", "")
+    if func is Tensor.requires_grad_:
+        return False
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _OPERATORS or func in (Tensor.__setitem__, Tensor.data.__set__)  # type: ignore[attr-defined]
 
 
 def dense(value: Any) -> Any:

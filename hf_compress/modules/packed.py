@@ -100,9 +100,23 @@ class PackedTensor:
         )
 
 
-def pack(quantized: Quantized, layout: Layout) -> PackedTensor:
-    """Put a method's result into the canonical layout."""
-    return fill(allocate(layout, quantized.scale.dtype, quantized.codes.device), quantized)
+def pack(quantized: Quantized, layout: Layout, into: PackedTensor | None = None) -> PackedTensor:
+    """Put a method's result into the canonical layout.
+
+    Args:
+        quantized: Codes, scale and zero point.
+        layout: Shape, scheme, orientation.
+        into: Where to write; allocated by default.
+    """
+    packed = allocate(layout, quantized.scale.dtype, quantized.codes.device) if into is None else into
+    if packed.codes.dtype == torch.int8:
+        packed.codes.copy_(quantized.codes)
+    else:
+        write_words(quantized.codes, layout.weights.num_bits, packed.codes)
+    packed.scale.copy_(quantized.scale)
+    if packed.zero_point is not None and quantized.zero_point is not None:
+        packed.zero_point.copy_(quantized.zero_point)
+    return packed
 
 
 def allocate(layout: Layout, dtype: torch.dtype, device: torch.device) -> PackedTensor:
@@ -119,18 +133,6 @@ def allocate(layout: Layout, dtype: torch.dtype, device: torch.device) -> Packed
         torch.empty(grid, dtype=dtype, device=device),
         None if layout.weights.symmetric else torch.empty(grid, dtype=torch.int8, device=device),
     )
-
-
-def fill(packed: PackedTensor, quantized: Quantized) -> PackedTensor:
-    """Write a method's result into an allocated packed tensor."""
-    if packed.codes.dtype == torch.int8:
-        packed.codes.copy_(quantized.codes)
-    else:
-        write_words(quantized.codes, packed.layout.weights.num_bits, packed.codes)
-    packed.scale.copy_(quantized.scale)
-    if packed.zero_point is not None and quantized.zero_point is not None:
-        packed.zero_point.copy_(quantized.zero_point)
-    return packed
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:

@@ -18,7 +18,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
 from .kernels.protocol import Kernel
-from .lazy import LazyWeight
+from .lazy import LazyWeight, refusal
 from .packed import Layout, PackedTensor
 
 
@@ -32,6 +32,12 @@ class PackedModule(nn.Module):
 
     hfc_layouts: dict[str, Layout]
     hfc_kernel: Kernel | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to replace a packed parameter."""
+        if name in vars(self).get("hfc_layouts", {}):
+            raise refusal(f"{type(self).__name__}.{name} = ...")
+        super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The chosen kernel, or the original forward on dequantized weights and, if planned, quantized inputs."""

@@ -13,7 +13,7 @@ from ..core.errors import IncompleteLoadError, WeightValueError
 from ..core.plan import Plan, PlanRow
 from ..core.registry import METHODS
 from ..formats.base import layout_of
-from ..modules.packed import PackedTensor, allocate, dequantize, fill
+from ..modules.packed import PackedTensor, allocate, dequantize, pack
 
 Progress = Callable[[int, int], None]
 """Called with the number of weights done and the number planned."""
@@ -55,7 +55,7 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
             f'repair the checkpoint, or skip=["{row.name}"] to keep the weight as it is',
         )
     unpacked = PackedTensor(layout, quantized.codes, quantized.scale, quantized.zero_point)
-    return fill(packed, quantized), sqnr_db(weight, unpacked)
+    return pack(quantized, layout, packed), sqnr_db(weight, unpacked)
 
 
 def check_values(name: str, weight: Tensor) -> None:

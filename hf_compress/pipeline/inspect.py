@@ -7,8 +7,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ..checkpoint.handover import plan_of
-from ..checkpoint.record import Proof, read_record
+from ..checkpoint.handover import current_plan
+from ..checkpoint.proof import current_record
+from ..checkpoint.record import Proof
 from ..core.errors import UnsupportedModelError
 from ..core.plan import Plan
 from ..evaluation.size import disk_bytes, resident_bytes
@@ -62,7 +63,7 @@ def inspect(model_or_path: nn.Module | str | Path) -> Inspection:
             "pass a model or its checkpoint",
         )
     path = Path(model_or_path)
-    record = read_record(path)
+    record = current_record(path)
     return Inspection(
         source=record.source or str(path),
         plan=record.plan,
@@ -70,13 +71,16 @@ def inspect(model_or_path: nn.Module | str | Path) -> Inspection:
         by_scheme=record.plan.by_scheme(),
         disk_bytes=disk_bytes(path).total,
         proof=record.proof,
-        notes=record.plan.notes,
+        notes=(
+            *record.plan.notes,
+            *([record.proof.reason] if record.proof.level == "none" and record.proof.reason else []),
+        ),
     )
 
 
 def _inspect_model(model: nn.Module) -> Inspection:
     """What a model in memory is."""
-    plan = plan_of(model)
+    plan = current_plan(model)
     notes = () if plan is not None else ("not compressed by hf_compress",)
     return Inspection(
         source=type(model).__name__,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from ..swap import PackedModule, packed_modules
@@ -26,8 +27,15 @@ def choose_kernels(model: nn.Module) -> None:
 
 def kernel_counts(model: nn.Module) -> dict[str, int]:
     """How many packed modules each kernel runs."""
-    names = (module.hfc_kernel.name if module.hfc_kernel else REFERENCE for _, module in packed_modules(model))
+    names = (_running(module) for _, module in packed_modules(model))
     return dict(sorted(Counter(names).items()))
+
+
+def _running(module: PackedModule) -> str:
+    """The kernel that a module really runs: after `.to(bfloat16)` kernels for float32 no longer do."""
+    scale = module._buffers.get("weight_scale")
+    usable = module.hfc_kernel is not None and scale is not None and scale.dtype == torch.float32
+    return module.hfc_kernel.name if usable and module.hfc_kernel is not None else REFERENCE
 
 
 @contextmanager
