@@ -207,9 +207,17 @@ def build_plan(
         format="guarded",
         rows=rows,
         small_parameters=small_parameters(model),
-        notes=config.spec.notes(config.fields) if config.spec.notes is not None else (),
+        notes=_notes(config, input_ranks),
     )
     return plan.model_copy(update={"format": choose_format(plan, config.fields.format)})
+
+
+def _notes(config: QuantConfig, ranks: Mapping[str, AbstractSet[int]] | None) -> tuple[str, ...]:
+    """The method's remarks, and what could not be found out."""
+    notes = config.spec.notes(config.fields) if config.spec.notes is not None else ()
+    if config.spec.quantizes_activations and ranks is None:
+        return (*notes, "input shapes could not be traced: only layers inside a stack of blocks get quantized inputs")
+    return notes
 
 
 def choose_format(plan: Plan, wanted: str) -> str:
@@ -296,10 +304,16 @@ def _scheme(
     if weight.kind is WeightKind.EMBEDDING:
         return schemes.scheme(schemes.weight_args(8, "channel", symmetric=True), packed=False)
     made = config.spec.scheme(fields, weight)
-    seen = ranks.get(weight.module) if ranks is not None else None
-    if not isinstance(made, QuantizationScheme) or made.input_activations is None or seen is None or seen == {3}:
+    if not isinstance(made, QuantizationScheme) or made.input_activations is None or _per_token(weight.module, ranks):
         return made
     return schemes.scheme(schemes.weight_args(8, "channel", symmetric=True))
+
+
+def _per_token(module: str, ranks: Mapping[str, AbstractSet[int]] | None) -> bool:
+    """Whether a linear's inputs are (batch, tokens, features); when not known, only inside a stack of blocks."""
+    if ranks is None:
+        return any(part.isdigit() for part in module.split("."))
+    return ranks.get(module, {3}) == {3}
 
 
 def _with_settings(config: QuantConfig, decision: Decision) -> QuantFields:

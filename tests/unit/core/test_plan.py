@@ -344,3 +344,12 @@ def test_text() -> None:
 def test_not_a_config() -> None:
     with pytest.raises((ConfigError, ValueError), match="Expected an hf_compress configuration, got dict"):
         plan(tiny("llama"), {"bits": 4})  # type: ignore[arg-type]
+
+
+def test_unknown_input_ranks_leave_layers_outside_the_blocks_weight_only() -> None:
+    """Bart's classification head gets (batch, features), and its forward can't be traced without values."""
+    made = build_plan(tiny("bert-classifier"), Int8DynamicQuantConfig(), None)
+    schemes = {row.name: row.scheme for row in made.rows}
+    assert schemes["bert.pooler.dense"] == "int8-channel"
+    assert schemes["bert.encoder.layer.0.intermediate.dense"] == "w8a8-dynamic-token"
+    assert any("could not be traced" in note for note in made.notes)
