@@ -249,6 +249,18 @@ def _row(
     """The plan's row for one weight."""
     made = decision.reason if decision.keep else _scheme(weight, decision, config, ranks)
     role_out = weight.role in (Role.HEAD, Role.EMBEDDING)
+    return row_of(weight, made, decision.reason, in_scope=not (role_out and isinstance(made, str)))
+
+
+def row_of(weight: Weight, made: QuantizationScheme | torch.dtype | str, reason: str, in_scope: bool) -> PlanRow:
+    """A row of a plan.
+
+    Args:
+        weight: The weight.
+        made: Its scheme, the data type it is cast to, or why it is kept.
+        reason: Why, where it is not kept.
+        in_scope: Whether it counts in the denominator of coverage.
+    """
     return PlanRow(
         name=weight.name,
         module=weight.module,
@@ -262,8 +274,8 @@ def _row(
         quantization=made if isinstance(made, QuantizationScheme) else None,
         cast=_name(made) if isinstance(made, torch.dtype) else None,
         scheme=_label(made),
-        reason=made if isinstance(made, str) else decision.reason,
-        in_scope=not (role_out and isinstance(made, str)),
+        reason=made if isinstance(made, str) else reason,
+        in_scope=in_scope,
         tied_to=weight.tied_to,
         parts=weight.parts,
     )

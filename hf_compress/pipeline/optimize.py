@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from ..checkpoint.handover import hand_over, plan_of
-from ..core import scheme as schemes
 from ..core.errors import UnsupportedModelError
-from ..core.plan import Plan, PlanRow
-from ..core.weights import WeightKind, list_weights, small_parameters
+from ..core.plan import Plan, PlanRow, row_of
+from ..core.weights import Role, Weight, WeightKind, list_weights, small_parameters
 from ..formats.base import format_of
 from ..modules.kernels.choose import choose_kernels
 from ..modules.swap import pack_module
@@ -65,7 +64,8 @@ def _pack_stock(model: nn.Module) -> None:
             f"No layer of {type(model).__name__} is compressed in memory: stock dequantized it while loading.",
             "load it with hf_compress.load",
         )
-    kept = tuple(_kept_row(model, weight.name) for weight in list_weights(model) if weight.module not in modules)
+    dense = [weight for weight in list_weights(model) if weight.module not in modules]
+    kept = tuple(row_of(weight, "dense in its checkpoint", "", in_scope=not weight.role) for weight in dense)
     plan = Plan(
         method="compressed-tensors",
         request={},
@@ -89,7 +89,6 @@ def _scheme(module: nn.Module) -> QuantizationScheme | None:
 def _row(path: str, module: nn.Module, default: str) -> PlanRow:
     """The plan's row for a module that stock compressed; `default` is the checkpoint's storage format."""
     scheme = _scheme(module)
-    linear = isinstance(module, nn.Linear)
     if scheme is None or scheme.weights is None or not isinstance(module, nn.Linear | nn.Embedding):
         raise UnsupportedModelError(f"{path} ({type(module).__name__}) can't be packed.", "leave the model as it is")
     if scheme.weights.type != "int" or scheme.weights.strategy not in ("group", "channel", "tensor"):
@@ -98,23 +97,19 @@ def _row(path: str, module: nn.Module, default: str) -> PlanRow:
             "per group, channel or tensor can be packed.",
             "leave the model as it is",
         )
-    shape = _weight_shape(module)
-    dtype = module.get_parameter("weight_scale").dtype
-    return PlanRow(
+    weight = Weight(
         name=path,
         module=path,
         parameter="weight",
-        kind=WeightKind.LINEAR if linear else WeightKind.EMBEDDING,
+        kind=WeightKind.LINEAR if isinstance(module, nn.Linear) else WeightKind.EMBEDDING,
+        role=Role.NONE,
         owner=type(module).__name__,
-        shape=shape,
+        shape=_weight_shape(module),
         transposed=False,
-        dtype=str(dtype).removeprefix("torch."),
-        parameters=shape[0] * shape[1],
-        scheme=schemes.label(scheme),
-        quantization=scheme.model_copy(update={"format": CompressionFormat(scheme.format or default).value}),
-        reason="compressed by its checkpoint",
-        in_scope=True,
+        dtype=module.get_parameter("weight_scale").dtype,
     )
+    stored = scheme.model_copy(update={"format": CompressionFormat(scheme.format or default).value})
+    return row_of(weight, stored, "compressed by its checkpoint", in_scope=True)
 
 
 def _weight_shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
@@ -122,27 +117,6 @@ def _weight_shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return module.num_embeddings, module.embedding_dim
-
-
-def _kept_row(model: nn.Module, name: str) -> PlanRow:
-    """The plan's row for a weight that stock left dense."""
-    weight = next(weight for weight in list_weights(model) if weight.name == name)
-    return PlanRow(
-        name=weight.name,
-        module=weight.module,
-        parameter=weight.parameter,
-        kind=weight.kind,
-        owner=weight.owner,
-        shape=weight.shape,
-        transposed=weight.transposed,
-        dtype=str(weight.dtype).removeprefix("torch."),
-        parameters=0 if weight.tied_to else weight.count,
-        scheme="kept",
-        quantization=None,
-        reason="dense in its checkpoint",
-        in_scope=not weight.role,
-        tied_to=weight.tied_to,
-    )
 
 
 def _pack(module: nn.Module, row: PlanRow, plan: Plan) -> None:
