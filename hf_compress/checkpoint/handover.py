@@ -19,8 +19,9 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from ..core.errors import UnsupportedModelError, listed
-from ..core.plan import Plan
-from ..formats.base import encode_model, format_of
+from ..core.plan import DTYPES, Plan
+from ..formats.base import encode_model, format_of, layout_of, plain_path
+from ..modules.packed import Layout
 from ..modules.swap import packed_modules, unpack_module
 from .record import FILE, KEY, record_of, sort_metadata
 
@@ -60,6 +61,8 @@ class _Packed:
         plan = current_plan(model)
         if plan is None:
             raise UnsupportedModelError(f"{type(model).__name__} has lost its plan.", "quantize it again")
+        if not vars(model).get("_hf_peft_config_loaded"):
+            refuse_wrapped(model)
         return encode_model(model, plan, format_of(plan)), {KEY: record_of(model, plan).model_dump_json()}
 
     @property
@@ -81,13 +84,14 @@ class _Packed:
         """Always."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """`model.dequantize()`: back to dense parameters."""
+        wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
         for _, module in list(packed_modules(model)):
             unpack_module(module)
         vars(model).pop(_PLAN, None)
         model.__class__ = vars(type(model)).get("hfc_base", type(model))
-        return model if dtype is None else model.to(dtype)
+        return model if wanted is None else model.to(wanted)
 
 
 class NativeQuantizer(_Packed, CompressedTensorsHfQuantizer):
@@ -101,11 +105,16 @@ class GuardedQuantizer(_Packed, HfQuantizer):
 class PackedSave(PreTrainedModel):
     """What saving adds for packed models; mixed into the model's class by class swap, under the same name."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """transformers' `save_pretrained`, with the same bytes every time, and the guarded form under its own name.
 
         A guarded checkpoint is one file, whose name stock loading doesn't look for.
         """
+        if vars(self).get("_hf_peft_config_loaded") or not is_main_process:
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # writes no base weights
+            return
         plan, folder = current_plan(self), Path(save_directory)
         name = format_of(plan).weights_file if plan is not None else None
         if name and kwargs.get("variant"):
@@ -113,7 +122,8 @@ class PackedSave(PreTrainedModel):
         push = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", folder.name)
         hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if push and key in kwargs}
-        super().save_pretrained(save_directory, *args, **({**kwargs, "max_shard_size": 1 << 62} if name else kwargs))
+        options = {**kwargs, "max_shard_size": 1 << 62} if name else kwargs
+        super().save_pretrained(save_directory, is_main_process, *args, **options)
         _forget_proof(folder)
         for file in sorted(folder.glob("model*.safetensors")):
             sort_metadata(file)
@@ -169,19 +179,42 @@ def current_plan(model: nn.Module) -> Plan | None:
     plan = plan_of(model)
     if plan is None:
         return None
-    packed = {
-        (path.replace(".base_layer", ""), name, layout.shape)
+    found = {
+        (plain_path(path), name, _form(layout))
         for path, module in packed_modules(model)
         for name, layout in module.hfc_layouts.items()
     }
-    planned = {(row.module, row.parameter, row.shape) for row in plan.quantized}
-    changed = sorted(f"{path}.{name}" for path, name, _ in packed ^ planned)
+    planned = {(row.module, row.parameter, _form(layout_of(row))) for row in plan.quantized}
+    changed = sorted({f"{path}.{name}" for path, name, _ in found ^ planned})
     if changed:
         raise UnsupportedModelError(
             f"{type(model).__name__} has changed since it was compressed: {listed(changed)} ({len(changed)} weights).",
             "change the model first, then compress it",
         )
     return plan
+
+
+def _form(layout: Layout) -> str:
+    """What two layouts must share."""
+    return f"{layout.shape} {layout.transposed} {layout.scheme.model_dump_json(exclude={'targets'})}"
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse to save layers that PEFT or torch.compile has wrapped: their names would be wrong in the checkpoint.
+
+    Raises:
+        UnsupportedModelError: With the way out.
+    """
+    for path, _ in packed_modules(model):
+        if ".base_layer" in path:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an adapter on {plain_path(path)}, which is saved apart from the model.",
+                "save the adapter with its own save_pretrained, and the model before an adapter is added",
+            )
+        if "_orig_mod" in path:
+            raise UnsupportedModelError(
+                f"{plain_path(path)} of {type(model).__name__} is compiled.", "save before torch.compile"
+            )
 
 
 def plan_of(model: object) -> Plan | None:

@@ -23,6 +23,7 @@ from ..core.errors import CorruptCheckpointError, UnsupportedModelError
 from ..core.plan import Plan, PlanRow
 from ..core.weights import list_weights
 from ..formats.base import format_of
+from ..formats.guarded import GUARD
 from ..modules.packed import PackedTensor
 from .handover import hand_over
 from .record import open_weights, read_config, read_record, weight_files
@@ -71,6 +72,7 @@ def load_packed(path: Path) -> PreTrainedModel:
     """
     record = read_record(path)
     config, architecture = _config(path)
+    _check_guard(path, record.plan)
     tensors = read_tensors(path)
     packed = _packed_keys(tensors) if record.plan.quantized else set()
     placeholder = torch.empty(0)
@@ -109,6 +111,21 @@ def check_plan(plan: Plan, model: PreTrainedModel) -> None:
                 f"{type(model).__name__} has {'none' if weight is None else f'{weight.kind} {weight.shape}'} there.",
                 "save the model again",
             )
+
+
+def _check_guard(path: Path, plan: Plan) -> None:
+    """A guarded plan belongs to a guarded config; anything else was saved over it.
+
+    Raises:
+        CorruptCheckpointError: The config is not the guarded one.
+    """
+    stored = read_config(path).get("quantization_config")
+    guarded = isinstance(stored, dict) and stored.get("format") == GUARD
+    if guarded != (plan.format == "guarded"):
+        raise CorruptCheckpointError(
+            f"{path} holds weights of another save than its record: config.json and the plan disagree on the guard.",
+            "save the model again, into an empty directory",
+        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

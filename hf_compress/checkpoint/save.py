@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..core.errors import CheckpointNotFoundError, ConfigError, UnsupportedModelError, WriteError
 from .atomic import atomic_directory, check_output, disk_errors, ensure_space, recover
-from .handover import current_plan
+from .handover import current_plan, refuse_wrapped
 from .inputs import InputSet, normalise_inputs
 from .load import load_packed
 from .proof import check_files, prove
@@ -70,6 +70,7 @@ def save(
             f"{type(model).__name__} has an adapter attached, which is saved apart from the model.",
             "save the adapter with model.save_pretrained, and the model before an adapter is added",
         )
+    refuse_wrapped(model)
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise ConfigError(
             f"tokenizer is a {type(tokenizer).__name__}, which can't be saved.", "pass a tokenizer object"

@@ -52,9 +52,14 @@ def encode_model(model: nn.Module, plan: Plan, layout: CheckpointFormat) -> dict
         for name in module.hfc_layouts:
             for suffix in ("packed", "scale", "zero_point"):
                 state.pop(f"{path}.{name}_{suffix}", None)
-            row = rows[path.replace(".base_layer", ""), name]  # PEFT wraps layers under this name
+            row = rows[plain_path(path), name]
             state.update(layout.encode(row, packed_tensor(module, name)))
     return state
+
+
+def plain_path(path: str) -> str:
+    """A module's path without what PEFT and torch.compile put in when they wrap a layer."""
+    return path.replace(".base_layer", "").replace("._orig_mod", "")
 
 
 def layout_of(row: PlanRow) -> Layout:

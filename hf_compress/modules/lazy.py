@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core.errors import PackedWeightError
 from .packed import PackedTensor
@@ -31,6 +31,8 @@ _OPERATORS = {
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 }
 """Operators that change their left side."""
+
+_GET_DATA, _SET_DATA = (getattr(Tensor.data, name) for name in ("__get__", "__set__"))
 
 
 class LazyWeight(Tensor):
@@ -62,8 +64,10 @@ class LazyWeight(Tensor):
     ) -> Any:
         """Answer questions about the form directly, look up rows in packed form, dequantize for the rest."""
         options = dict(kwargs or {})
-        if _writes(func) and args and isinstance(args[0], LazyWeight):
-            raise refusal(getattr(func, "__name__", "an assignment"))
+        if _targets(func, args, options):
+            raise refusal("Assigning .data" if func is _SET_DATA else f"{getattr(func, '__name__', 'This')}")
+        if func in (_GET_DATA, Tensor.detach):
+            return args[0]
         if func in _CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **options)
@@ -98,13 +102,21 @@ def refusal(what: str) -> PackedWeightError:
     )
 
 
+def _targets(func: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether a call would change a packed weight: in place, by assignment, or as `out`."""
+    changed = [options.get("out")]
+    if _writes(func):
+        changed += [*args[:1], options.get("tensor"), options.get("input")]
+    return any(isinstance(value, LazyWeight) for value in tree_leaves(changed))
+
+
 def _writes(func: Callable[..., Any]) -> bool:
     """Whether a torch function changes its first argument."""
     name = getattr(func, "__name__", "")
     if func is Tensor.requires_grad_:
         return False
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _OPERATORS or func in (Tensor.__setitem__, Tensor.data.__set__)  # type: ignore[attr-defined]
+    return in_place or name in _OPERATORS or func in (Tensor.__setitem__, _SET_DATA)
 
 
 def dense(value: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import hf_compress as hfc
 from hf_compress.checkpoint.worker import CleanWorker
-from hf_compress.core.errors import PackedWeightError, ProofError, UnsupportedModelError
+from hf_compress.core.errors import CorruptCheckpointError, PackedWeightError, ProofError, UnsupportedModelError
 from tests._utils.tiny import tiny
 
 CONFIG = hfc.RTNQuantConfig(bits=4, group_size=32)
@@ -46,6 +46,11 @@ def assign_item(weight: Tensor) -> None:
         lambda weight: weight.copy_(torch.zeros(weight.shape)),
         lambda weight: weight.__iadd__(1),
         nn.init.zeros_,
+        nn.init.normal_,
+        lambda weight: weight.data.copy_(torch.zeros(weight.shape)),
+        lambda weight: weight.detach().zero_(),
+        lambda weight: torch.add(torch.zeros(64, 64), 1, out=weight),
+        lambda weight: torch._foreach_add_([weight], 1),
         assign_data,
         assign_item,
     ],
@@ -169,3 +174,54 @@ def test_hub_options_reach_the_upload(tmp_path: Path) -> None:
     model.__class__ = Recorded
     model.save_pretrained(tmp_path / "out", push_to_hub=True, private=True, commit_message="hi", create_pr=True)
     assert seen == {"repo_id": "out", "private": True, "commit_message": "hi", "create_pr": True}
+
+
+@pytest.mark.touches_rng
+def test_saving_an_adapter_or_from_another_rank_keeps_guarded_weights(tmp_path: Path, worker: CleanWorker) -> None:
+    out = tmp_path / "out"
+    hfc.save(hfc.quantize(tiny("gpt2"), CONFIG), out, worker=worker)
+    model = hfc.load(out)
+    model.save_pretrained(out, is_main_process=False)
+    model.add_adapter(LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True))
+    model.save_pretrained(out)
+    assert (out / "adapter_model.safetensors").is_file()
+    assert hfc.load(out).config.model_type == "gpt2"
+
+
+def test_dequantize_after_a_save() -> None:
+    model = packed()
+    with torch.inference_mode():
+        expected = model(IDS).logits
+        model.config.dtype = "float32"  # what transformers leaves behind after save_pretrained
+        assert torch.equal(model.dequantize()(IDS).logits, expected)
+
+
+def test_dense_weights_saved_over_a_guarded_checkpoint_are_not_read_as_it(tmp_path: Path, worker: CleanWorker) -> None:
+    hfc.save(hfc.quantize(tiny("gpt2"), CONFIG), tmp_path / "out", worker=worker)
+    tiny("gpt2").save_pretrained(tmp_path / "out")
+    with pytest.raises(CorruptCheckpointError, match="another save"):
+        hfc.load(tmp_path / "out")
+
+
+@pytest.mark.touches_rng
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_wrapped_base_model_is_not_saved(tmp_path: Path, worker: CleanWorker) -> None:
+    inner = get_peft_model(packed(), LoraConfig(target_modules=["q_proj"], r=2)).base_model.model
+    for save in (lambda: hfc.save(inner, tmp_path / "out", worker=worker), lambda: inner.save_pretrained(tmp_path)):
+        with pytest.raises(UnsupportedModelError, match="adapter"):
+            save()
+
+
+def test_compiled_layers_are_inspected_but_not_saved(tmp_path: Path) -> None:
+    model = packed()
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    assert hfc.inspect(model).coverage == 1.0
+    with pytest.raises(UnsupportedModelError, match="compile"):
+        model.save_pretrained(tmp_path)
+
+
+def test_layers_of_another_scheme_are_noticed() -> None:
+    model, other = packed(), hfc.quantize(tiny("llama"), hfc.RTNQuantConfig(bits=8, group_size=32))
+    model.model.layers[0].mlp.up_proj = other.model.layers[0].mlp.up_proj
+    with pytest.raises(UnsupportedModelError, match="up_proj"):
+        hfc.inspect(model)
