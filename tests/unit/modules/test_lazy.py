@@ -113,12 +113,10 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "cat": lambda weight: torch.cat([weight, weight]),
     "stack": lambda weight: torch.stack((weight, weight)),
     "clone": lambda weight: weight.clone(),
-    "detach": lambda weight: weight.detach(),
     "to": lambda weight: weight.to(torch.float64),
     "float": lambda weight: weight.float(),
     "view": lambda weight: weight.view(-1),
     "norm": lambda weight: torch.linalg.norm(weight),
-    "data": lambda weight: weight.data,
     "contiguous": lambda weight: weight.contiguous(),
     "iter": lambda weight: next(iter(weight)),
     "addmm": lambda weight: torch.addmm(torch.zeros(16), torch.ones(2, 6), weight),
@@ -137,6 +135,15 @@ def test_values_are_those_of_the_dense_weight(use: str) -> None:
     assert torch.equal(seen, expected)
     assert seen.dtype == expected.dtype
     assert calls() >= 1
+
+
+@pytest.mark.parametrize("same", [lambda weight: weight.detach(), lambda weight: weight.data])
+def test_detached_it_stays_lazy_and_read_only(same: Callable[[Tensor], Tensor]) -> None:
+    lazy, value = counted()
+    seen = same(lazy)
+    assert isinstance(seen, LazyWeight)
+    assert calls() == 0
+    assert torch.equal(seen, value)
 
 
 def test_used_once_dequantized_once() -> None:
