@@ -71,8 +71,8 @@ def load_packed(path: Path) -> PreTrainedModel:
         UnsupportedModelError: transformers has no such architecture.
     """
     record = read_record(path)
-    config, architecture = _config(path)
     _check_guard(path, record.plan)
+    config, architecture = _config(path)
     tensors = read_tensors(path)
     packed = _packed_keys(tensors) if record.plan.quantized else set()
     placeholder = torch.empty(0)
@@ -146,7 +146,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The model's config without quantization, and its class."""
-    read_config(path)
     with damaged_if_it_fails(str(path / "config.json")):
         config = AutoConfig.from_pretrained(path)
     kind = architecture_of(config)

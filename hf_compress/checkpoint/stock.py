@@ -12,14 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..core.errors import CorruptCheckpointError, HFCompressError, IncompleteLoadError, listed
+from ..core.errors import CorruptCheckpointError, HFCompressError, IncompleteLoadError, first_line, listed
 
 LOADER_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError)
 """What transformers raises for files or configs that don't fit together."""
 
 
 def load_complete(architecture: type[PreTrainedModel], source: Any, **options: Any) -> PreTrainedModel:
-    """`from_pretrained`, refusing a model of which any weight is missing, unexpected or of another shape.
+    """`from_pretrained`, refusing a model of which any weight is missing or of another shape.
 
     Args:
         architecture: The model's class.
@@ -59,8 +59,8 @@ def damaged_if_it_fails(what: str) -> Iterator[None]:
     except HFCompressError:
         raise
     except (*LOADER_ERRORS, StrictDataclassError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CorruptCheckpointError(f"{what} can't be loaded: {line.rstrip('.')}.", "save the model again") from error
+        line = first_line(error).rstrip(".")
+        raise CorruptCheckpointError(f"{what} can't be loaded: {line}.", "save the model again") from error
 
 
 def architecture_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -192,6 +192,11 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return f"Did you mean {' or '.join(repr(found) for found in close)}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def listed(names: Iterable[str], limit: int = 5) -> str:
     """The first `limit` names and how many more there are."""
     everything = list(names)

@@ -14,7 +14,14 @@ from ..checkpoint.handover import plan_of
 from ..checkpoint.inputs import input_ranks
 from ..checkpoint.stock import architecture_of
 from ..core.config import QuantConfig
-from ..core.errors import AlreadyQuantizedError, ConfigError, InputError, ModelNotFoundError, UnsupportedModelError
+from ..core.errors import (
+    AlreadyQuantizedError,
+    ConfigError,
+    InputError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    first_line,
+)
 from ..core.plan import DTYPES, Plan, build_plan, choose_format
 
 
@@ -158,11 +165,6 @@ def model_config(model_id: str | Path) -> PreTrainedConfig:
     if vars(config).get("quantization_config"):
         raise AlreadyQuantizedError(f"{str(model_id)!r} is quantized already.", "start from the original model")
     return config
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def model_class(config: PreTrainedConfig, model_id: str | Path) -> type[PreTrainedModel]:

@@ -20,13 +20,14 @@ from ..core.errors import (
     HFCompressError,
     ModelNotFoundError,
     UnsupportedModelError,
+    first_line,
 )
 from ..core.plan import Plan
 from ..core.weights import kept_in_float32
 from ..modules.swap import pack_module
 from .apply import pack_weight, with_results
 from .loading import announce, check_range, complete
-from .planning import check_config, first_line, model_class, model_config, plan_model
+from .planning import check_config, model_class, model_config, plan_model
 
 Progress = Callable[[int, int], None]
 
