@@ -41,6 +41,8 @@ quality: $(STAMP) ## Lint, format, types, layers, lengths, docs: what CI runs be
 	$(BIN)/python scripts/check_length.py
 	$(RUN) $(BIN)/python scripts/check_docs.py
 	$(BIN)/python scripts/readme_table.py --check
+	$(RUN) $(BIN)/python scripts/compare_docs.py --check
+	$(RUN) $(BIN)/python scripts/capabilities.py --check
 
 style: $(STAMP) ## Format, and mend what ruff can mend
 	$(BIN)/ruff format $(SOURCES)

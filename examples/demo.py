@@ -1,9 +1,10 @@
-"""Compress a real model in four ways, prove every checkpoint, and show what each one gains and costs.
+"""Compress two real models in several ways, prove every checkpoint, and show what each one gains and costs.
 
     python examples/demo.py            # or: make demo
 
-The model is all-MiniLM-L6-v2, fine-tuned here to tell positive from negative tweets and product reviews, so that
-"accuracy" means something. Everything it needs comes from a package registry and is cached.
+The first is all-MiniLM-L6-v2, fine-tuned here to tell positive from negative tweets and product reviews, so that
+"accuracy" means something; the second is SmolLM2-135M with its weights rotated off the INT4 grid that they are
+packaged on. Everything they need comes from a package registry and is cached.
 """
 
 from __future__ import annotations
@@ -11,25 +12,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import hf_compress as hfc
-from examples.reference import ReferenceUnavailable, sentiment
-from hf_compress.checkpoint.record import Proof
-from hf_compress.evaluation.latency import LatencyComparison
+from examples.demo_tables import Outcome, console, quality_of, table, write_summary
+from examples.reference import ReferenceUnavailable, sentiment, smollm2
+from examples.reference.texts import excerpt, technical_prose
+from hf_compress.evaluation.quality import perplexity, text_windows
 from hf_compress.evaluation.report import write_report
 
 CONFIGS: dict[str, hfc.QuantConfig] = {
@@ -38,117 +44,174 @@ CONFIGS: dict[str, hfc.QuantConfig] = {
     "rtn-int4-emb8": hfc.RTNQuantConfig(bits=4, group_size=64, embeddings="int8"),
     "int8-dynamic": hfc.Int8DynamicQuantConfig(),
 }
+"""For the classifier."""
+LANGUAGE_CONFIGS: dict[str, hfc.QuantConfig] = {
+    "lm-rtn-int4": hfc.RTNQuantConfig(bits=4, group_size=64),
+    "lm-hqq-int4": hfc.HQQQuantConfig(bits=4, group_size=64),
+}
+"""For the language model."""
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))
-"""Rows and tokens that latency is measured on."""
-MAX_LENGTH = sentiment.Recipe.max_length
+"""Rows and tokens that the classifier's latency is measured on."""
+LANGUAGE_SHAPES = ((1, 128),)
+WINDOWS, TOKENS = 8, 256
+"""Windows of the language model's perplexity, and tokens in each."""
 STOCK_TOLERANCE = 0.005
-"""Stock transformers and we may disagree by this much accuracy: texts whose two logits are all but equal."""
-
-Rows = Sequence[tuple[str, int]]
-console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width: leave room for the table
+"""Stock transformers and we may disagree by this much accuracy (texts whose two logits are all but equal), or by
+this share of the perplexity."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one configuration gave.
+class Subject:
+    """A model to compress, and what it is measured on.
 
     Args:
-        name: Name of the configuration and of its folder.
-        proof: How the checkpoint was proven.
-        report: Everything measured against the original.
-        stock_accuracy: Accuracy of the checkpoint as stock transformers loads it.
+        source: Its directory.
+        loader: The class that loads it.
+        configs: What to do with it, by name.
+        data: Texts, labelled for a classifier.
+        max_length: Tokens per text or window.
+        batch_size: Texts or windows per forward.
+        shapes: Rows and tokens that latency is measured on.
+        pairs: Timed pairs per shape.
     """
 
-    name: str
-    proof: Proof
-    report: hfc.Report
-    stock_accuracy: float
+    source: Path
+    loader: Any
+    configs: Mapping[str, hfc.QuantConfig]
+    data: Sequence[tuple[str, int]] | Sequence[str]
+    max_length: int
+    batch_size: int
+    shapes: Sequence[tuple[int, int]]
+    pairs: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="  %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for noisy in ("httpx", "torchao"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
-    try:
-        source, rows = prepare(options.model, options.rows)
-    except ReferenceUnavailable as error:
-        console.print(f"[bold red]The demo can't run here:[/] {error}", soft_wrap=True)
+    subjects = prepare(options)
+    if not subjects:
         console.print("It needs pip and a package registry once; `--model DIR` takes a classifier of your own.")
         return 1
-    outcomes = compress_all(source, rows, options.out, options.pairs)
-    summary = write_summary(outcomes, options.out)
-    console.print(table(outcomes))
+    groups = [compress_all(subject, options.out) for subject in subjects]
+    summary = write_summary(groups, options.out)
+    for outcomes in groups:
+        console.print(table(outcomes))
     console.print(f"Done in {time.perf_counter() - started:.0f} s. The report: {summary}", soft_wrap=True)
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Compress a real model and show what it gained and cost.")
-    parser.add_argument("--model", type=Path, help="a two-label text classifier instead of the demo's own")
+    parser = argparse.ArgumentParser(description="Compress real models and show what it gained and cost.")
+    own = "instead of the demo's own models"
+    parser.add_argument("--model", type=Path, help=f"a two-label text classifier {own}")
+    parser.add_argument("--language-model", type=Path, help=f"a causal language model {own}")
     parser.add_argument("--out", type=Path, default=Path("hf_compress_demo"), help="where everything is written")
     parser.add_argument("--rows", type=int, default=600, help="held-out texts to measure accuracy on")
     parser.add_argument("--pairs", type=int, default=20, help="timed pairs per input shape, at least 8")
     return parser.parse_args(arguments)
 
 
-def prepare(model: Path | None, count: int) -> tuple[Path, Rows]:
-    """The model's directory and held-out rows, half tweets and half product reviews.
+def prepare(options: argparse.Namespace) -> list[Subject]:
+    """The models to compress; of the demo's own two, those that can be had here."""
+    both = options.model is None and options.language_model is None
+    subjects = []
+    for asked, getter in ((options.model, classifier), (options.language_model, language_model)):
+        if not both and asked is None:
+            continue
+        started = time.perf_counter()
+        try:
+            subject = getter(asked, options)
+        except ReferenceUnavailable as error:
+            console.print(f"[bold red]Left out, it can't be had here:[/] {error}", soft_wrap=True)
+            continue
+        console.print(f"{subject.source.name}, ready in {time.perf_counter() - started:.1f} s")
+        subjects.append(subject)
+    return subjects
+
+
+def classifier(model: Path | None, options: argparse.Namespace) -> Subject:
+    """The sentiment classifier and held-out rows, half tweets and half product reviews.
 
     Raises:
         ReferenceUnavailable: The packages that carry the model or the texts can't be had.
     """
-    started = time.perf_counter()
     if model is None:
         console.print("[bold]Preparing the classifier[/] (about two minutes the first time, then cached)")
         model = sentiment.classifier()
-    rows = [*sentiment.held_out("tweets")[: count - count // 2], *sentiment.held_out("amazon")[: count // 2]]
-    console.print(f"{model.name}, {len(rows)} held-out texts, ready in {time.perf_counter() - started:.1f} s")
-    return model, rows
+    count = options.rows
+    return Subject(
+        source=model,
+        loader=AutoModelForSequenceClassification,
+        configs=CONFIGS,
+        data=[*sentiment.held_out("tweets")[: count - count // 2], *sentiment.held_out("amazon")[: count // 2]],
+        max_length=sentiment.Recipe.max_length,
+        batch_size=32,
+        shapes=SHAPES,
+        pairs=options.pairs,
+    )
 
 
-def compress_all(source: Path, rows: Rows, out: Path, pairs: int) -> list[Outcome]:
+def language_model(model: Path | None, options: argparse.Namespace) -> Subject:
+    """The language model and a piece of the Python language reference.
+
+    Raises:
+        ReferenceUnavailable: The package that carries the model can't be had.
+    """
+    if model is None:
+        console.print(f"[bold]Preparing {smollm2.ROTATED_NAME}[/] (about two minutes the first time, then cached)")
+        model = smollm2.off_grid_smollm2()
+    config = transformers.AutoConfig.from_pretrained(model)
+    length = min(TOKENS, config.max_position_embeddings)
+    return Subject(
+        source=model,
+        loader=AutoModelForCausalLM,
+        configs=LANGUAGE_CONFIGS,
+        data=[excerpt(AutoTokenizer.from_pretrained(model), technical_prose(), WINDOWS * length)],
+        max_length=length,
+        batch_size=2,
+        shapes=LANGUAGE_SHAPES,
+        pairs=max(8, options.pairs // 2),
+    )
+
+
+def compress_all(subject: Subject, out: Path) -> list[Outcome]:
     """Compress with every configuration and measure each against the original."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    baseline = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32).eval()
-    return [compress(name, config, source, baseline, tokenizer, rows, out, pairs) for name, config in CONFIGS.items()]
+    tokenizer = AutoTokenizer.from_pretrained(subject.source)
+    baseline = subject.loader.from_pretrained(subject.source, dtype=torch.float32).eval()
+    return [compress(name, subject, baseline, tokenizer, out) for name in subject.configs]
 
 
 def compress(
-    name: str,
-    config: hfc.QuantConfig,
-    source: Path,
-    baseline: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    out: Path,
-    pairs: int,
+    name: str, subject: Subject, baseline: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
 ) -> Outcome:
     """Quantize, save with proof, reload, measure, write the report."""
     console.print(f"\n[bold]{name}[/]")
     path = out / name
-    model = quantize(source, config)
+    model = quantize(subject.source, subject.configs[name])
     with console.status("Saving, and proving by a reload in a clean process without hf_compress"):
         proof = hfc.save(model, path, tokenizer=tokenizer, overwrite=True)
     console.print(f"  saved to {path}; proof: {proof.level}, by {proof.reader}", soft_wrap=True)
+    del model
     with console.status("Measuring against the original"):
-        loaded = hfc.load(path)
         report = hfc.evaluate(
-            loaded,
+            hfc.load(path),
             baseline,
-            rows,
+            subject.data,
             tokenizer=tokenizer,
             path=path,
-            inputs=timing_inputs(baseline),
-            pairs=pairs,
-            max_length=MAX_LENGTH,
-            batch_size=32,
+            inputs=timing_inputs(baseline, subject.shapes),
+            pairs=subject.pairs,
+            max_length=subject.max_length,
+            batch_size=subject.batch_size,
         )
         write_report(report, out / "reports" / name)
-    return Outcome(name, proof, report, stock_accuracy(path, tokenizer, rows, report))
+        return Outcome(name, proof, report, stock_quality(path, subject, tokenizer, report))
 
 
 def quantize(source: Path, config: hfc.QuantConfig) -> PreTrainedModel:
@@ -161,106 +224,32 @@ def quantize(source: Path, config: hfc.QuantConfig) -> PreTrainedModel:
         )
 
 
-def timing_inputs(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
-    """Random token ids of the shapes in `SHAPES`, cut to what the model takes."""
+def timing_inputs(model: PreTrainedModel, wanted: Sequence[tuple[int, int]]) -> list[dict[str, torch.Tensor]]:
+    """Random token ids of the shapes wanted, cut to what the model takes."""
     longest, words = model.config.max_position_embeddings, model.config.vocab_size
-    shapes = dict.fromkeys((rows, min(tokens, longest)) for rows, tokens in SHAPES)
+    shapes = dict.fromkeys((rows, min(tokens, longest)) for rows, tokens in wanted)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(1, words, shape, generator=generator) for shape in shapes]
     return [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
 
 
-def stock_accuracy(path: Path, tokenizer: PreTrainedTokenizerBase, rows: Rows, report: hfc.Report) -> float:
-    """Accuracy of the checkpoint as plain `from_pretrained` loads it, which must be what we measured.
+def stock_quality(path: Path, subject: Subject, tokenizer: PreTrainedTokenizerBase, report: hfc.Report) -> float:
+    """Accuracy or perplexity of the checkpoint as plain `from_pretrained` loads it, which must be what we measured.
 
     Raises:
         RuntimeError: It is not.
     """
     with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
-        stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
-        share = sentiment.accuracy(stock, tokenizer, rows)
-    ours = accuracy(report)[1]
-    if abs(share - ours) > STOCK_TOLERANCE:
-        raise RuntimeError(f"{path}: stock transformers has accuracy {share:.3f}, hf_compress {ours:.3f}")
-    return share
-
-
-def accuracy(report: hfc.Report) -> tuple[float, float, float, float]:
-    """Accuracy of the original and of the compressed model, and the interval of their difference."""
-    quality = report.quality
-    if quality is None or quality.result.kind != "classification":
-        raise TypeError("the demo's model is a classifier")
-    found = quality.result
-    return found.baseline_accuracy, found.candidate_accuracy, found.difference_low, found.difference_high
-
-
-def table(outcomes: Sequence[Outcome]) -> Table:
-    """One row for the original and one for each configuration."""
-    first = outcomes[0].report
-    shown = Table(title=f"{first.model}: {first.architecture}", title_justify="left", show_lines=True)
-    headings = ("", "disk MB", "smaller", "resident MB\nhere | stock", "accuracy\n95 % of Δ", "speed-up\n99 %")
-    for heading in (*headings, "kernel", "proof"):
-        shown.add_column(heading, no_wrap=True)
-    size = first.size
-    before = f"{accuracy(first)[0]:.1%}"
-    shown.add_row("fp32", mb(size.baseline_disk_weights), "1 ×", mb(size.baseline_resident), before, "1 ×", "", "")
-    for outcome in outcomes:
-        shown.add_row(*cells(outcome))
-    return shown
-
-
-def cells(outcome: Outcome) -> tuple[str, ...]:
-    """One row of the table."""
-    report, size = outcome.report, outcome.report.size
-    _, share, low, high = accuracy(report)
-    disk = 0 if size.disk is None else size.disk.weights
-    return (
-        outcome.name,
-        mb(disk),
-        f"{size.baseline_disk_weights / disk:.2f} ×",
-        f"{mb(size.resident)} | {mb(size.stock_resident_after)}",
-        f"{share:.1%}\n{100 * low:+.1f} to {100 * high:+.1f}",
-        "\n".join(speed(name, one) for name, one in (report.latency or {}).items()),
-        "\n".join(f"{count} × {kernel}" for kernel, count in report.kernels.items()),
-        outcome.proof.level,
-    )
-
-
-def mb(count: int | None) -> str:
-    """Bytes in megabytes."""
-    return "–" if count is None else f"{count / 1e6:.1f}"
-
-
-def speed(name: str, timing: LatencyComparison) -> str:
-    """The speed-up on one input shape with its interval, loud where it is a loss."""
-    shape = name.removeprefix("input_ids ")
-    interval = f"({timing.speedup_low:.2f} to {timing.speedup_high:.2f})"
-    return f"{shape}: {'SLOWER ' if timing.verdict == 'slower' else ''}{timing.speedup:.2f} {interval}"
-
-
-def write_summary(outcomes: Sequence[Outcome], out: Path) -> Path:
-    """Write `summary.json` and `summary.md`; returns the path of the latter."""
-    facts = {
-        one.name: {"stock_accuracy": one.stock_accuracy, "report": one.report.model_dump(mode="json")}
-        for one in outcomes
-    }
-    (out / "summary.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    headings = ("", "disk MB", "smaller", "resident MB, here | stock", "accuracy, Δ", "speed-up", "kernel", "proof")
-    first = outcomes[0].report
-    plain = (mb(first.size.baseline_disk_weights), "1 ×", mb(first.size.baseline_resident))
-    lines = [headings, ("---",) * len(headings), ("fp32", *plain, f"{accuracy(first)[0]:.1%}", "1 ×", "", "")]
-    lines += [cells(one) for one in outcomes]
-    text = "\n".join(f"| {' | '.join(cell.replace(' | ', ' / ') for cell in line)} |" for line in map(flat, lines))
-    links = "\n".join(f"- [{one.name}](reports/{one.name}/report.md)" for one in outcomes)
-    title = f"# {first.model}, compressed\n\nMeasured on {first.environment.processor}, "
-    path = out / "summary.md"
-    path.write_text(f"{title}{first.environment.torch_threads} threads.\n\n{text}\n\n{links}\n", encoding="utf-8")
-    return path
-
-
-def flat(cells_of_row: Sequence[str]) -> list[str]:
-    """Cells whose lines are joined for Markdown."""
-    return [cell.replace("\n", "<br>") for cell in cells_of_row]
+        stock = subject.loader.from_pretrained(path).eval()
+        if subject.loader is AutoModelForCausalLM:
+            windows, _ = text_windows(subject.data, tokenizer, subject.max_length)
+            found = perplexity(stock, windows, subject.batch_size).perplexity
+        else:
+            found = sentiment.accuracy(stock, tokenizer, subject.data)
+    ours = quality_of(report)
+    if abs(found - ours.after) > STOCK_TOLERANCE * ours.scale:
+        raise RuntimeError(f"{path}: stock transformers has {ours.name} {found:.3f}, hf_compress {ours.after:.3f}")
+    return found
 
 
 if __name__ == "__main__":

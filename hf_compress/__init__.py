@@ -17,28 +17,38 @@ if TYPE_CHECKING:
     from .core.config import QuantConfig, Rule
     from .core.errors import HFCompressError
     from .core.plan import Plan
+    from .evaluation.comparison import Comparison
     from .evaluation.report import Report, evaluate
     from .methods.cast import CastConfig
+    from .methods.codebook import CodebookQuantConfig
+    from .methods.hqq import HQQQuantConfig
     from .methods.int8_dynamic import Int8DynamicQuantConfig
     from .methods.rtn import RTNQuantConfig
+    from .pipeline.compare import compare
     from .pipeline.inspect import inspect
     from .pipeline.optimize import optimize_for_inference
     from .pipeline.planning import plan
     from .pipeline.preflight import preflight
     from .pipeline.quantize import quantize
+    from .pipeline.recipes import load_config
 
 _WHERE = {
     "CastConfig": "methods.cast",
+    "CodebookQuantConfig": "methods.codebook",
+    "Comparison": "evaluation.comparison",
     "HFCompressError": "core.errors",
+    "HQQQuantConfig": "methods.hqq",
     "Int8DynamicQuantConfig": "methods.int8_dynamic",
     "Plan": "core.plan",
     "QuantConfig": "core.config",
     "RTNQuantConfig": "methods.rtn",
     "Report": "evaluation.report",
     "Rule": "core.config",
+    "compare": "pipeline.compare",
     "evaluate": "evaluation.report",
     "inspect": "pipeline.inspect",
     "load": "checkpoint.save",
+    "load_config": "pipeline.recipes",
     "optimize_for_inference": "pipeline.optimize",
     "plan": "pipeline.planning",
     "preflight": "pipeline.preflight",
@@ -49,7 +59,10 @@ _WHERE = {
 
 __all__ = [
     "CastConfig",
+    "CodebookQuantConfig",
+    "Comparison",
     "HFCompressError",
+    "HQQQuantConfig",
     "Int8DynamicQuantConfig",
     "Plan",
     "QuantConfig",
@@ -57,9 +70,11 @@ __all__ = [
     "Report",
     "Rule",
     "__version__",
+    "compare",
     "evaluate",
     "inspect",
     "load",
+    "load_config",
     "optimize_for_inference",
     "plan",
     "preflight",

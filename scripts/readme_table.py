@@ -22,6 +22,8 @@ NAMES = {
     "rtn-int4": "`RTNQuantConfig(bits=4, group_size=64)`",
     "rtn-int4-emb8": '`RTNQuantConfig(bits=4, group_size=64, embeddings="int8")`',
     "int8-dynamic": "`Int8DynamicQuantConfig()`",
+    "lm-rtn-int4": "`RTNQuantConfig(bits=4, group_size=64)`",
+    "lm-hqq-int4": "`HQQQuantConfig(bits=4, group_size=64)`",
 }
 
 
@@ -44,33 +46,73 @@ def main() -> int:
 
 
 def measured() -> str:
-    """The Markdown between the markers."""
+    """The Markdown between the markers: a table for the classifier, and one for the language model."""
     demo: dict[str, Any] = json.loads(DEMO.read_text(encoding="utf-8"))
-    first = next(iter(demo.values()))["report"]
-    size, here = first["size"], first["environment"]
-    base = first["quality"]["result"]
+    reports: dict[str, dict[str, dict[str, Any]]] = {"classification": {}, "causal-lm": {}}
+    for name, one in demo.items():
+        reports[one["report"]["quality"]["task"]][name] = one["report"]
+    tables = ((classifier_table, reports["classification"]), (language_table, reports["causal-lm"]))
+    return "\n\n".join("\n".join(table(found)) for table, found in tables if found)
+
+
+def classifier_table(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """The classifier before and by each configuration."""
+    first = next(iter(reports.values()))
+    size, here, base = first["size"], first["environment"], first["quality"]["result"]
     about = (
         f"`make demo`: MiniLM (22.7 M) fine-tuned into a sentiment classifier, {base['examples']} held-out tweets and "
         f"product reviews, {here['processor']}, {here['torch_threads']} threads. Speed-up over float32 eager with its "
         "99 % interval."
     )
-    lines = [
+    return [
         about,
         "",
         "| configuration | disk | resident | accuracy | 1 × 128 tokens | 8 × 128 tokens | proof |",
         "|---|---|---|---|---|---|---|",
         f"| float32 | {mb(size['baseline_disk_weights'])} | {mb(size['baseline_resident'])} | "
         f"{base['baseline_accuracy']:.1%} | 1 × | 1 × | |",
+        *(row(name, report, accuracy(report), ("1×128", "8×128")) for name, report in reports.items()),
     ]
-    return "\n".join([*lines, *(row(name, one["report"]) for name, one in demo.items())])
 
 
-def row(name: str, report: dict[str, Any]) -> str:
+def language_table(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """The language model before and by each configuration."""
+    first = next(iter(reports.values()))
+    size, base = first["size"], first["quality"]["result"]
+    about = (
+        "SmolLM2-135M, rotated (the same function, its weights off the INT4 grid that they are packaged on), "
+        f"{base['windows']} windows of {first['quality']['max_length']} tokens of Python's language reference. Change "
+        "of the perplexity with its 95 % interval."
+    )
+    return [
+        about,
+        "",
+        "| configuration | disk | resident | perplexity | 1 × 128 tokens | proof |",
+        "|---|---|---|---|---|---|",
+        f"| float32 | {mb(size['baseline_disk_weights'])} | {mb(size['baseline_resident'])} | "
+        f"{base['baseline_perplexity']:.2f} | 1 × | |",
+        *(row(name, report, perplexity(report), ("1×128",)) for name, report in reports.items()),
+    ]
+
+
+def row(name: str, report: dict[str, Any], quality: str, shapes: tuple[str, ...]) -> str:
     """One configuration."""
-    size, accuracy = report["size"], report["quality"]["result"]["candidate_accuracy"]
-    speeds = [speed(report["latency"], shape) for shape in ("1×128", "8×128")]
-    cells = [NAMES[name], mb(size["disk"]["weights"]), mb(size["resident"]), f"{accuracy:.1%}", *speeds]
+    size = report["size"]
+    speeds = [speed(report["latency"], shape) for shape in shapes]
+    cells = [NAMES[name], mb(size["disk"]["weights"]), mb(size["resident"]), quality, *speeds]
     return f"| {' | '.join([*cells, report['proof']['level']])} |"
+
+
+def accuracy(report: dict[str, Any]) -> str:
+    """Of the compressed model."""
+    return f"{report['quality']['result']['candidate_accuracy']:.1%}"
+
+
+def perplexity(report: dict[str, Any]) -> str:
+    """Of the compressed model, and its change."""
+    found = report["quality"]["result"]
+    change, low, high = (100 * (found[key] - 1) for key in ("ratio", "ratio_low", "ratio_high"))
+    return f"{found['candidate_perplexity']:.2f}, {change:+.1f} % ({low:+.1f} to {high:+.1f})"
 
 
 def speed(latency: dict[str, Any], shape: str) -> str:

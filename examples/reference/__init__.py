@@ -5,6 +5,8 @@ use, and raises `ReferenceUnavailable` with the reason where that is not possibl
 
 - `examples.reference.sentiment`: a fine-tuned MiniLM classifier with its held-out rows (accuracy);
 - `examples.reference.smollm2`: SmolLM2-135M, plain and rotated off its INT4 grid (perplexity);
+- `examples.reference.lstm`: a plain PyTorch LSTM classifier of the same texts;
+- `examples.reference.digits`: a small ResNet on scikit-learn's handwritten digits;
 - `examples.reference.texts`: text for calibration and perplexity.
 """
 

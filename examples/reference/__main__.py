@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from examples.reference import digits, lstm, sentiment
 from examples.reference.cache import cache_root, folder_size
 from examples.reference.packages import MINILM, SMOLLM2, VADER, ReferenceUnavailable, fetch
-from examples.reference.sentiment import classifier
 from examples.reference.smollm2 import NAME, ROTATED_NAME, off_grid_smollm2, plain_smollm2
 
 STEPS: tuple[tuple[str, Callable[[], Path]], ...] = (
@@ -20,7 +20,9 @@ STEPS: tuple[tuple[str, Callable[[], Path]], ...] = (
     (str(SMOLLM2), lambda: fetch(SMOLLM2)),
     (NAME, plain_smollm2),
     (ROTATED_NAME, off_grid_smollm2),
-    ("sentiment classifier", classifier),
+    ("sentiment classifier", sentiment.classifier),
+    ("LSTM classifier", lstm.classifier),
+    ("digits classifier", digits.classifier),
 )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -26,14 +25,13 @@ from examples.reference.ratings import (
     rows,
     split,
 )
+from examples.reference.training import train
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 REFERENCE_FILE = "reference.json"
 LABELS = ("negative", "positive")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -161,30 +159,16 @@ def _train(
     for module in (*bert.encoder.layer[-recipe.trained_layers :], bert.pooler, model.classifier):
         module.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    total = recipe.epochs * -(-len(training) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=total)
     model.train()
-    for step, batch in enumerate(_batches(training, recipe), start=1):
-        inputs = _encode(tokenizer, [row.text for row in batch], recipe.max_length)
-        loss = model(**inputs, labels=torch.tensor([row.label for row in batch])).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 20 == 0 or step == total:
-            _log.info("sentiment classifier: step %d of %d, loss %.3f", step, total, loss.item())
+
+    def loss_of(positions: list[int]) -> torch.Tensor:
+        rows_of_batch = [training[position] for position in positions]
+        inputs = _encode(tokenizer, [row.text for row in rows_of_batch], recipe.max_length)
+        return model(**inputs, labels=torch.tensor([row.label for row in rows_of_batch])).loss
+
+    train("sentiment classifier", trained, loss_of, len(training), recipe)
     model.requires_grad_(True)
     model.eval()
-
-
-def _batches(training: Sequence[Row], recipe: Recipe) -> Iterator[list[Row]]:
-    generator = torch.Generator().manual_seed(recipe.seed)
-    for _ in range(recipe.epochs):
-        order = torch.randperm(len(training), generator=generator).tolist()
-        for start in range(0, len(order), recipe.batch_size):
-            yield [training[index] for index in order[start : start + recipe.batch_size]]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> BatchEncoding:

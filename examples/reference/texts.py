@@ -35,6 +35,27 @@ def news_snippets() -> list[str]:
     return list(dict.fromkeys(sentences))
 
 
+def excerpt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
+    """The beginning of a text, cut where a token ends.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        text: The text.
+        tokens: Tokens wanted, without special tokens.
+
+    Returns:
+        The text up to there, as it was.
+
+    Raises:
+        ValueError: The text is too short, or the number is not positive.
+    """
+    ends = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    if not 1 <= tokens <= len(ends):
+        message = f"{tokens} tokens were asked for, the text has {len(ends)}"
+        raise ValueError(message)
+    return text[: ends[tokens - 1][1]]
+
+
 def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int) -> list[list[int]]:
     """Cut a text into consecutive windows of tokens, without special tokens.
 

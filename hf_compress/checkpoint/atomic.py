@@ -25,7 +25,8 @@ from hf_compress.core.errors import HFCompressError, OutputExistsError, WriteErr
 if sys.platform != "win32":
     import fcntl
 
-_MARKERS = ("config.json", "hf_compress.json")
+CHECKPOINT = ("config.json", "hf_compress.json")
+"""Files of which one marks a directory as a checkpoint, which may be replaced on request."""
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _FIXES = {
     errno.ENOSPC: "free some disk space, or save to another disk.",
@@ -43,18 +44,19 @@ _FIXES = {
 }
 
 
-def check_output(path: Path, overwrite: bool = False) -> Path:
+def check_output(path: Path, overwrite: bool = False, markers: tuple[str, ...] = CHECKPOINT) -> Path:
     """Refuse an output path that is taken, before any work is done for it.
 
     Args:
         path: Where the output shall go. An empty directory counts as free.
-        overwrite: Whether a checkpoint there may be replaced.
+        overwrite: Whether what is there may be replaced.
+        markers: Files of which one must be there for that; those of a checkpoint by default.
 
     Returns:
         The absolute path, links in its parents resolved.
 
     Raises:
-        OutputExistsError: The path is taken, is a link, or holds something that is no checkpoint.
+        OutputExistsError: The path is taken, is a link, or holds something else.
         WriteError: The path is a mount point, so nothing can be renamed onto it.
     """
     target = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
@@ -70,19 +72,22 @@ def check_output(path: Path, overwrite: bool = False) -> Path:
         return target
     if not overwrite:
         raise OutputExistsError(f"{target} exists already.", "choose another path, or pass overwrite=True.")
-    if not _is_checkpoint(target):
+    if not _is_output(target, markers):
+        lacks = f"neither {' nor '.join(markers)}" if len(markers) > 1 else f"no {markers[0]}"
+        what = "checkpoint" if markers == CHECKPOINT else Path(markers[0]).stem
         raise OutputExistsError(
-            f"{target} holds neither {' nor '.join(_MARKERS)}, so it is no checkpoint and stays.",
+            f"{target} holds {lacks}, so it is no {what} and stays.",
             "choose another path, or delete the directory yourself.",
         )
     return target
 
 
-def recover(path: Path) -> bool:
+def recover(path: Path, markers: tuple[str, ...] = CHECKPOINT) -> bool:
     """Put back what a killed save left: restore `.NAME.old`, or delete it and stale temporary siblings.
 
     Args:
         path: The output path a save may have been interrupted at.
+        markers: See `check_output`.
 
     Returns:
         Whether the previous output was restored.
@@ -98,11 +103,11 @@ def recover(path: Path) -> bool:
     for stale in _stale_siblings(path):
         shutil.rmtree(stale, ignore_errors=True)
     old = _old(path)
-    if old.is_symlink() or not _is_checkpoint(old):
+    if old.is_symlink() or not _is_output(old, markers):
         return False
     # An empty directory may have been made by a script after the kill; the only copy is still the old one.
     if path.exists() and not _is_empty(path):
-        if _is_checkpoint(path):
+        if _is_output(path, markers):
             _discard(old)
         return False
     with disk_errors(path):
@@ -130,12 +135,15 @@ def ensure_space(path: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: Path, overwrite: bool = False, markers: tuple[str, ...] = CHECKPOINT
+) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes `path` when the block ends without an error.
 
     Args:
         path: The output directory. Missing parents are made.
-        overwrite: Whether a checkpoint there is replaced.
+        overwrite: Whether what is there is replaced.
+        markers: See `check_output`.
 
     Yields:
         The empty directory to write into.
@@ -144,8 +152,8 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError: See `check_output`; raised before anything is written.
         WriteError: The disk is full or not writable. The old output is untouched, nothing else left.
     """
-    recover(path)
-    target = check_output(path, overwrite)
+    recover(path, markers)
+    target = check_output(path, overwrite, markers)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(target)
@@ -154,7 +162,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             with _held(temporary):
                 yield temporary
                 _sync_tree(temporary)
-                _commit(temporary, check_output(target, overwrite))
+                _commit(temporary, check_output(target, overwrite, markers))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -240,8 +248,8 @@ def _temporary(path: Path) -> Path:
     return path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return any((path / marker).is_file() for marker in _MARKERS)
+def _is_output(path: Path, markers: tuple[str, ...]) -> bool:
+    return any((path / marker).is_file() for marker in markers)
 
 
 def _is_empty(path: Path) -> bool:

@@ -23,6 +23,7 @@ from ..core.plan import DTYPES, Plan
 from ..formats.base import encode_model, format_of, layout_of, plain_path
 from ..modules.packed import Layout
 from ..modules.swap import packed_modules, unpack_module
+from .foreign import LIBRARIES, check_measured, measured_plan, quantization_of
 from .record import FILE, KEY, record_of, sort_metadata
 
 _PLAN = "hfc_plan"
@@ -37,15 +38,15 @@ class NativeConfig(CompressedTensorsConfig):
         return {**values, "dequantize": True} if self.dequantize else values
 
 
-class GuardedConfig(QuantizationConfigMixin):
-    """The guard in `config.json`: a quantization config without `quant_method`, so that stock loading raises."""
+class StoredConfig(QuantizationConfigMixin):
+    """What a format puts into `config.json`, word for word; the guarded form's has no `quant_method`."""
 
-    def __init__(self, **values: Any) -> None:
-        self.quant_method = "guarded"
+    def __init__(self, name: str, values: dict[str, Any]) -> None:
+        self.quant_method = name
         self.values = values
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but `quant_method`."""
+        """The format's values."""
         return dict(self.values)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -87,10 +88,14 @@ class _Packed:
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """`model.dequantize()`: back to dense parameters."""
         wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
+        plan = plan_of(model)
         for _, module in list(packed_modules(model)):
             unpack_module(module)
-        vars(model).pop(_PLAN, None)
+        forget_plan(model)
         model.__class__ = vars(type(model)).get("hfc_base", type(model))
+        if plan is not None and plan.followers:
+            model.all_tied_weights_keys |= model.get_expanded_tied_weights_keys(all_submodels=True)
+            model.tie_weights(recompute_mapping=False)
         return model if wanted is None else model.to(wanted)
 
 
@@ -98,12 +103,17 @@ class NativeQuantizer(_Packed, CompressedTensorsHfQuantizer):
     """transformers' own compressed-tensors quantizer, saving through our format."""
 
 
-class GuardedQuantizer(_Packed, HfQuantizer):
-    """The quantizer of models that only this package can read."""
+class StoredQuantizer(_Packed, HfQuantizer):
+    """The quantizer of models that this package saves without help from transformers' own quantizer."""
 
 
 class PackedSave(PreTrainedModel):
     """What saving adds for packed models; mixed into the model's class by class swap, under the same name."""
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """Tie what is still a parameter; packed ties share their buffers already."""
+        plan = plan_of(self)
+        super().tie_weights(missing_keys, recompute_mapping and not (plan is not None and plan.followers))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -152,15 +162,18 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
     vars(model)[_PLAN] = plan
     if not isinstance(model, PreTrainedModel):
         return
+    if plan.backend:
+        model.add_model_tags(["hf_compress", plan.method])
+        return
     values = format_of(plan).quantization_config(plan)
-    quantizer: NativeQuantizer | GuardedQuantizer
-    if plan.format == "guarded":
-        quantizer = GuardedQuantizer(GuardedConfig(**values))
-    elif plan.format == "compressed-tensors":
-        quantizer = NativeQuantizer(NativeConfig.from_dict(values), pre_quantized=True)
-    else:
+    quantizer: NativeQuantizer | StoredQuantizer
+    if plan.format == "dense":
         _forget_quantization(model)
         return
+    if plan.format == "compressed-tensors":
+        quantizer = NativeQuantizer(NativeConfig.from_dict(values), pre_quantized=True)
+    else:
+        quantizer = StoredQuantizer(StoredConfig(plan.format, values))
     if not isinstance(model, PackedSave):
         model.__class__ = _saving_class(type(model))  # type: ignore[arg-type] # nn.Module is hashable
     model.config.quantization_config = quantizer.quantization_config
@@ -173,12 +186,16 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
 def current_plan(model: nn.Module) -> Plan | None:
     """The plan of a compressed model, if the model still is what the plan says.
 
+    Of a model that stock transformers loaded with bitsandbytes or torchao, the plan is measured.
+
     Raises:
         UnsupportedModelError: Layers were removed, replaced or added since it was compressed.
     """
     plan = plan_of(model)
     if plan is None:
-        return None
+        return _of_library(model)
+    if plan.backend:
+        return None if quantization_of(model) is None else check_measured(plan, model)  # None: it was dequantized
     found = {
         (plain_path(path), name, _form(layout))
         for path, module in packed_modules(model)
@@ -192,6 +209,12 @@ def current_plan(model: nn.Module) -> Plan | None:
             "change the model first, then compress it",
         )
     return plan
+
+
+def _of_library(model: nn.Module) -> Plan | None:
+    """The measured plan of a model that one of the libraries that we save and load quantized."""
+    measured = None if quantization_of(model) is None else measured_plan(model)
+    return measured if measured is not None and measured.backend in LIBRARIES else None
 
 
 def _form(layout: Layout) -> str:
@@ -215,6 +238,11 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{plain_path(path)} of {type(model).__name__} is compiled.", "save before torch.compile"
             )
+
+
+def forget_plan(model: nn.Module) -> None:
+    """Drop the plan of a model that is dense again."""
+    vars(model).pop(_PLAN, None)
 
 
 def plan_of(model: object) -> Plan | None:

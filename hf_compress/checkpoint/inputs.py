@@ -78,7 +78,7 @@ def example_inputs(model: PreTrainedModel, seed: int = 0) -> list[InputSet]:
     raise InputError(f"No example inputs can be made for {type(model).__name__} ({why}).", _GIVE_INPUTS)
 
 
-def normalise_inputs(inputs: object, model: PreTrainedModel | None = None) -> list[InputSet]:
+def normalise_inputs(inputs: object, model: nn.Module | None = None) -> list[InputSet]:
     """Check inputs given by the user and bring them to one form.
 
     Args:
@@ -367,10 +367,10 @@ def _observed(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:
     return ranks
 
 
-def _normal_set(given: object, place: str, model: PreTrainedModel | None) -> InputSet:
+def _normal_set(given: object, place: str, model: nn.Module | None) -> InputSet:
     if not isinstance(given, Mapping) or not given:
         raise InputError(f"{place} must be a non-empty dict of tensors, got {_shown(given)}.", _GIVE_INPUTS)
-    known = None if model is None else inspect.signature(model.forward).parameters
+    known = None if model is None else _arguments(model)
     made: InputSet = {}
     for name, value in given.items():
         if not isinstance(name, str):
@@ -383,6 +383,14 @@ def _normal_set(given: object, place: str, model: PreTrainedModel | None) -> Inp
             raise InputError(f"{place}[{name!r}] must be a tensor, got {_shown(value)}.", _GIVE_INPUTS)
         made[name] = value.detach().to("cpu").contiguous()
     return made
+
+
+def _arguments(model: nn.Module) -> set[str] | None:
+    """Names of the forward's arguments, as the class before packing has them; None where any name may do."""
+    kind = vars(type(model)).get("hfc_base", type(model))
+    parameters = inspect.signature(kind.forward).parameters
+    free = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return None if free and not isinstance(model, PreTrainedModel) else set(parameters) - {"self"}
 
 
 def _shown(value: object) -> str:

@@ -20,14 +20,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.config import REQUEST
 from ..core.errors import CorruptCheckpointError, UnsupportedModelError
+from ..core.packages import require
 from ..core.plan import Plan, PlanRow
 from ..core.weights import list_weights
 from ..formats.base import format_of
 from ..formats.guarded import GUARD
 from ..modules.packed import PackedTensor
+from .foreign import check_measured
 from .handover import hand_over
 from .record import open_weights, read_config, read_record, weight_files
-from .session import LoadSession
+from .session import LoadSession, release_ties
 from .stock import architecture_of, damaged_if_it_fails, load_complete
 
 
@@ -49,12 +51,13 @@ class ReadRequest(QuantizationConfigMixin):
     def session(self, model: PreTrainedModel) -> LoadSession:
         """A load session whose packer decodes instead of quantizing."""
         check_plan(self.plan, model)
+        release_ties(model, self.plan)
         layout = format_of(self.plan)
-        renamed = _renamed(self.tensors, model)
+        tensors = renamed(self.tensors, model)
         noise = {row.name: row.sqnr_db for row in self.plan.rows}
 
         def decode(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
-            return layout.decode(row, renamed), noise[row.name]
+            return layout.decode(row, tensors), noise[row.name]
 
         return LoadSession(self.plan, decode)
 
@@ -71,13 +74,17 @@ def load_packed(path: Path) -> PreTrainedModel:
         UnsupportedModelError: transformers has no such architecture.
     """
     record = read_record(path)
-    _check_guard(path, record.plan)
+    check_guard(path, record.plan)
     config, architecture = _config(path)
+    if record.plan.backend:
+        return _load_foreign(path, record.plan, architecture)
     tensors = read_tensors(path)
-    packed = _packed_keys(tensors) if record.plan.quantized else set()
+    layout = format_of(record.plan)
+    packed = layout.owned(tensors) if record.plan.quantized else set()
+    packed |= {key for row in record.plan.quantized if row.tied_to for key in layout.keys(row) if key in tensors}
     placeholder = torch.empty(0)
     state = {key: value for key, value in tensors.items() if key not in packed}
-    state |= dict.fromkeys((row.key for row in record.plan.quantized), placeholder)
+    state |= dict.fromkeys((row.key for row in record.plan.quantized if not row.tied_to), placeholder)
     request = ReadRequest(record.plan, {key: tensors[key] for key in packed})
     with damaged_if_it_fails(str(path)):
         model = load_complete(
@@ -92,6 +99,18 @@ def load_packed(path: Path) -> PreTrainedModel:
     model.config.name_or_path = str(path)
     if not record.plan.quantized:
         hand_over(model, record.plan)
+    return model
+
+
+def _load_foreign(path: Path, plan: Plan, architecture: type[PreTrainedModel]) -> PreTrainedModel:
+    """A model that another library quantized, through transformers' own loader, complete and as planned."""
+    require(str(plan.backend))
+    with damaged_if_it_fails(str(path)):
+        model = load_complete(architecture, path, device_map="cpu")
+        try:
+            hand_over(model, check_measured(plan, model))
+        except UnsupportedModelError as error:
+            raise CorruptCheckpointError(f"{path}: {error.message}", "save the model again") from error
     return model
 
 
@@ -113,7 +132,7 @@ def check_plan(plan: Plan, model: PreTrainedModel) -> None:
             )
 
 
-def _check_guard(path: Path, plan: Plan) -> None:
+def check_guard(path: Path, plan: Plan) -> None:
     """A guarded plan belongs to a guarded config; anything else was saved over it.
 
     Raises:
@@ -160,19 +179,7 @@ def _config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     return config, kind
 
 
-def _packed_keys(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names on disk that belong to packed weights.
-
-    Told by the tensors themselves: names on disk may differ from the plan's by transformers' renames, and a model
-    may have parameters of its own that end in `_scale`.
-    """
-    codes = {key for key, value in tensors.items() if value.dtype in (torch.int8, torch.int32)}
-    bases = {key.removesuffix("_packed") for key in codes}
-    sides = {f"{base}_{side}" for base in bases for side in ("scale", "shape", "zero_point")}
-    return codes | (sides & set(tensors))
-
-
-def _renamed(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+def renamed(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """Tensors under the model's own names, as transformers would rename them while loading."""
     renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     return {apply_renamings(key, renames): value for key, value in tensors.items()} | dict(tensors)

@@ -18,23 +18,24 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.errors import CorruptCheckpointError, InputError, ProofError, listed
 from ..core.plan import Plan
-from ..formats.base import CheckpointFormat, encode_model, format_of
+from ..formats.base import CheckpointFormat, Limits, encode_model, format_of
+from ..formats.torchao import LibraryFormat
 from ..modules.kernels.choose import reference_kernels
+from ..modules.packed import dequantize
+from ..modules.swap import packed_modules, packed_tensor
 from .inputs import InputSet, example_inputs
 from .load import load_packed, read_tensors
-from .proof_worker import run_inputs
+from .proof_worker import resident_bytes, run_inputs
 from .record import FILE, Check, Proof, Record, read_record
 from .truncate import truncate
 from .worker import CleanWorker
-
-ACTIVATION_LIMIT = 1e-5
-"""Relative limit for quantized inputs: rounding at run time may differ by accumulation order."""
 
 HEADROOM = 1.3
 """A full proof needs this many times the dense bytes free."""
@@ -63,7 +64,7 @@ class Subject:
     @property
     def layout(self) -> CheckpointFormat:
         """The checkpoint's format."""
-        return format_of(self.plan)
+        return LibraryFormat(self.plan.backend) if self.plan.backend else format_of(self.plan)
 
     @property
     def architecture(self) -> str:
@@ -71,10 +72,9 @@ class Subject:
         return type(self.model).__name__
 
     @property
-    def limit(self) -> float:
-        """Relative limit on differences of outputs: bit-equal unless inputs are quantized."""
-        schemes = (row.quantization for row in self.plan.quantized)
-        return ACTIVATION_LIMIT if any(scheme and scheme.input_activations for scheme in schemes) else 0.0
+    def limits(self) -> Limits:
+        """How far stock may be from the reference, as the format declares it."""
+        return self.layout.limits(self.plan)
 
 
 def prove(
@@ -118,16 +118,33 @@ def _prove(subject: Subject) -> Proof:
             subject,
             f"the stock reader {reader!r} is not installed; with it, hf-compress verify raises the level",
         )
-    if dense_bytes(subject.plan, subject.model) * HEADROOM > subject.free_bytes:
-        return _truncated(subject)
-    return _full(subject)
+    if subject.plan.backend:
+        _check_room(subject)
+        return _full(subject)
+    if dense_bytes(subject.plan, subject.model) * HEADROOM <= subject.free_bytes:
+        return _full(subject)
+    if not subject.limits.on_meta:
+        return _own_reader(subject, f"too large to load twice, and {reader!r} reads nothing on the meta device")
+    return _truncated(subject)
+
+
+def _check_room(subject: Subject) -> None:
+    """Refuse to prove a model of another library that does not fit twice: its blocks can't be cut."""
+    needed = int(resident_bytes(subject.model) * HEADROOM)
+    if needed > subject.free_bytes:
+        raise ProofError(
+            f"The proof loads the model a second time, which needs {needed} bytes; {subject.free_bytes} are free. "
+            "Nothing was written.",
+            "free memory, or write it unproven with model.save_pretrained(path)",
+        )
 
 
 def _full(subject: Subject) -> Proof:
     """Stock reload of the whole model in the clean process."""
-    expected = _reference(subject.model, subject.inputs)
+    expected = reference_outputs(subject.model, subject.inputs)
+    weights = _stock_weights(subject, subject.path, subject.model)
     answer, outputs = _stock_forward(subject, subject.path, subject.inputs)
-    checks = compare(expected, outputs, subject.limit)
+    checks = (*weights, *compare(expected, outputs, subject.limits.outputs))
     resident = (int(answer["resident_bytes_before"]), int(answer["resident_bytes_after"]))
     return Proof(level="full", reader=_reader(answer), checks=checks, resident_bytes=resident)
 
@@ -138,7 +155,9 @@ def _guarded(subject: Subject) -> Proof:
     if answer["exception"] is None:
         raise ProofError("Stock transformers loads a guarded checkpoint without an error.", "report this")
     checks = compare(
-        _reference(subject.model, subject.inputs), _reference(load_packed(subject.path), subject.inputs), 0.0
+        reference_outputs(subject.model, subject.inputs),
+        reference_outputs(load_packed(subject.path), subject.inputs),
+        0.0,
     )
     reason = f"guarded: stock transformers refuses it ({answer['exception']}), hf_compress.load reads it"
     return Proof(level="full", reason=reason, reader=f"hf_compress; stock: {answer['exception']}", checks=checks)
@@ -146,21 +165,26 @@ def _guarded(subject: Subject) -> Proof:
 
 def _own_reader(subject: Subject, reason: str) -> Proof:
     """Our own reader in this process, and every tensor compared."""
-    loaded = _reference(load_packed(subject.path), subject.inputs)
-    checks = compare(_reference(subject.model, subject.inputs), loaded, 0.0)
-    return Proof(level="own-reader", reason=reason, reader="hf_compress", checks=(*checks, _tensor_check(subject)))
+    loaded = reference_outputs(load_packed(subject.path), subject.inputs)
+    checks = compare(reference_outputs(subject.model, subject.inputs), loaded, 0.0)
+    if not subject.plan.backend:  # bitsandbytes changes weights while it lists them
+        checks = (*checks, _tensor_check(subject))
+    return Proof(level="own-reader", reason=reason, reader="hf_compress", checks=checks)
 
 
 def _truncated(subject: Subject) -> Proof:
     """Stock key check, outputs of the first and last two blocks, every tensor compared."""
-    answer = _checked(subject.worker.request("keys", path=subject.path, architecture=subject.architecture))
-    _check_keys(answer)
+    device = "meta" if subject.limits.weights is None else "cpu"  # readers that keep weights packed read some values
+    request = {"path": subject.path, "architecture": subject.architecture, "device": device}
+    _check_keys(_checked(subject.worker.request("keys", **request)))
     with tempfile.TemporaryDirectory(prefix=f".{subject.path.name}-cut-", dir=subject.path.parent) as folder:
         cut = Path(folder) / "model"
         if not truncate(subject.path, cut, subject.model):
             return _own_reader(subject, "too large to load twice, and its blocks could not be told apart")
+        loaded = load_packed(cut)
+        weights = _stock_weights(subject, cut, loaded)
         answer, outputs = _stock_forward(subject, cut, subject.inputs)
-        checks = compare(_reference(load_packed(cut), subject.inputs), outputs, subject.limit)
+        checks = (*weights, *compare(reference_outputs(loaded, subject.inputs), outputs, subject.limits.outputs))
     reason = "the dense model does not fit into memory; proven on its first and last two blocks, all tensors compared"
     return Proof(level="truncated", reason=reason, reader=_reader(answer), checks=(*checks, _tensor_check(subject)))
 
@@ -213,19 +237,45 @@ def _check(name: str, value: Tensor, found: Tensor, limit: float) -> Check:
     return Check(name=name, difference=difference, relative=relative, limit=limit)
 
 
-def _reference(model: PreTrainedModel, inputs: Sequence[InputSet]) -> dict[str, Tensor]:
+def reference_outputs(model: nn.Module, inputs: Sequence[InputSet]) -> dict[str, Tensor]:
     """Outputs on the reference path, in evaluation mode."""
     training = model.training
     with reference_kernels(model):
         try:
             return run_inputs(model.eval(), list(inputs))
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
             raise InputError(
                 f"{type(model).__name__} can't run the inputs of the proof: {error}",
                 "pass inputs=[...] that it can run",
             ) from error
         finally:
             model.train(training)
+
+
+def _stock_weights(subject: Subject, path: Path, model: PreTrainedModel) -> tuple[Check, ...]:
+    """Compare weights that stock dequantizes in the clean process with ours, where the format declares a limit.
+
+    For readers that round inputs, whose outputs alone would not show a wrong scale. Dequantized layers are linear:
+    outputs × inputs.
+    """
+    allowed = subject.limits.weights
+    if allowed is None:
+        return ()
+    packed = {name: packed_tensor(module, "weight") for name, module in packed_modules(model)}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "weights.safetensors"
+        request = {"architecture": subject.architecture, "names": list(packed), "output": result}
+        _check_keys(_checked(subject.worker.request("dense", path=path, **request)))
+        with safe_open(result, framework="pt") as opened:
+            checks = [_check(name, dequantize(packed[name]), opened.get_tensor(name), allowed) for name in packed]
+    worst = max(checks, key=lambda check: check.relative)
+    if not worst.relative <= allowed:
+        raise ProofError(
+            f"Stock reads other weights: {worst.name} is off by a relative {worst.relative:.3g}, limit "
+            f"{allowed:g}. Nothing was written.",
+            'try format="guarded", and report this with the model\'s config',
+        )
+    return (worst.model_copy(update={"name": f"{len(checks)} weights dequantized by stock"}),)
 
 
 def _stock_forward(
@@ -244,6 +294,7 @@ def _stock_forward(
                 inputs=given,
                 output=result,
                 attn_implementation=subject.model.config._attn_implementation,
+                device_map="cpu" if subject.plan.backend else None,
             )
         )
         _check_keys(answer)

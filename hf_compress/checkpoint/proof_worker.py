@@ -8,12 +8,15 @@ imports `float_outputs` and `run_inputs` from here, so that both sides of a proo
 Requests (`op` and its arguments) and answers:
 
 - `ping` -> `pid`
-- `forward`: `path, architecture, inputs, output, dtype="auto", attn_implementation=None, threads=None` ->
+- `forward`: `path, architecture, inputs, output, dtype="auto", attn_implementation=None, threads=None,
+  device_map=None` ->
   `missing_keys, unexpected_keys, mismatched_keys, outputs, peak_bytes, resident_bytes_before,
   resident_bytes_after, seconds_load, seconds_forward, versions`. A checkpoint with an unknown `quant_method`
   does load in stock transformers, with random weights: its `missing_keys` are the sign.
+- `dense`: `path, architecture, names, output` -> the three key lists; loads, dequantizes, and writes the weights
+  of the named modules, in the form that stock has them then
 - `raises`: `path, architecture` -> `exception, message`, both null when stock `from_pretrained` succeeds
-- `keys`: `path, architecture` -> the three key lists, with all weights on the meta device
+- `keys`: `path, architecture, device="meta"` -> the three key lists, with all weights on that device
 - `has`: `package` -> `importable`
 - `modules` -> `hidden`: modules in `sys.modules` that should not be there
 
@@ -140,9 +143,49 @@ def run_inputs(model: torch.nn.Module, sets: Iterable[Mapping[str, torch.Tensor]
 
 def resident_bytes(model: torch.nn.Module) -> int:
     """Bytes of the storages behind all parameters and buffers, each counted once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [tensor for module in model.modules() for tensor in held_tensors(module)]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def held_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The plain tensors that a module itself holds.
+
+    Those inside wrapper tensors, as torchao's, and those that bitsandbytes keeps beside its weights, too.
+    """
+    for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        yield from inner_tensors(value)
+        yield from _beside(value)
+    if type(module).__module__.startswith("bitsandbytes."):
+        yield from _beside(vars(module).get("state"))  # where INT8 weights move on their first forward
+
+
+def inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors inside a wrapper tensor, or the tensor itself."""
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        inner = getattr(tensor, name)  # the protocol's own way: it lists its attributes by name
+        if isinstance(inner, torch.Tensor):
+            yield from inner_tensors(inner)
+
+
+def _beside(holder: object) -> Iterator[torch.Tensor]:
+    """Tensors among the attributes of a bitsandbytes weight, its quantization state, or that state's own."""
+    import torch
+
+    if not type(holder).__module__.startswith("bitsandbytes."):
+        return
+    for value in vars(holder).values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif not isinstance(value, torch.nn.Module):  # a weight also knows its module
+            yield from _beside(value)
 
 
 def _load(path: str, architecture: str, **options: Any) -> tuple[Any, dict[str, list[str]]]:
@@ -183,7 +226,7 @@ def _peak_bytes() -> int | None:
 
 def _versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes", "gptqmodel"):
+    for name in ("torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes", "torchao", "gptqmodel"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -201,6 +244,7 @@ def _forward(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     threads: int | None = None,
+    device_map: str | None = None,
 ) -> Answer:
     import torch
     from safetensors.torch import load_file, save_file
@@ -209,7 +253,8 @@ def _forward(
         torch.set_num_threads(threads)
     _reset_peak()
     started = time.perf_counter()
-    model, keys = _load(path, architecture, dtype=dtype, attn_implementation=attn_implementation)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
+    model, keys = _load(path, architecture, **options)
     loaded, before = time.perf_counter(), resident_bytes(model)
     results = run_inputs(model.eval(), _split(load_file(inputs)))
     finished = time.perf_counter()
@@ -226,6 +271,19 @@ def _forward(
     }
 
 
+def _dense(path: str, architecture: str, names: Sequence[str], output: str) -> Answer:
+    from safetensors.torch import save_file
+
+    model, keys = _load(path, architecture, dtype="auto")
+    if model.config.quantization_config.quant_method == "gptq":  # its layers dequantize, its quantizer does not
+        weights = {name: model.get_submodule(name).dequantize_weight().detach().t() for name in names}
+    else:
+        model.dequantize()
+        weights = {name: model.get_submodule(name).get_parameter("weight").detach() for name in names}
+    save_file({name: value.cpu().contiguous() for name, value in weights.items()}, output)
+    return {**keys, "versions": _versions()}
+
+
 def _raises(path: str, architecture: str) -> Answer:
     with Captured() as captured:
         _load(path, architecture)
@@ -234,8 +292,8 @@ def _raises(path: str, architecture: str) -> Answer:
     return {"exception": type(captured.error).__name__, "message": str(captured.error)}
 
 
-def _keys(path: str, architecture: str) -> Answer:
-    _, keys = _load(path, architecture, device_map="meta", ignore_mismatched_sizes=True)
+def _keys(path: str, architecture: str, device: str = "meta") -> Answer:
+    _, keys = _load(path, architecture, device_map=device, ignore_mismatched_sizes=True)
     return {**keys, "versions": _versions()}
 
 
@@ -278,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> Literal[0]:
     operations: dict[str, Callable[..., Answer]] = {
         "ping": _ping,
         "forward": _forward,
+        "dense": _dense,
         "raises": _raises,
         "keys": _keys,
         "has": _has,

@@ -10,13 +10,25 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.errors import CheckpointNotFoundError, ConfigError, UnsupportedModelError, WriteError
+from ..core.errors import CheckpointNotFoundError, ConfigError, InputError, UnsupportedModelError, WriteError
+from ..core.plan import Plan
 from .atomic import atomic_directory, check_output, disk_errors, ensure_space, recover
+from .foreign import settle
 from .handover import current_plan, refuse_wrapped
 from .inputs import InputSet, normalise_inputs
 from .load import load_packed
 from .proof import check_files, prove
-from .record import FILE, Proof, Record, read_record, record_of
+from .proof_worker import resident_bytes
+from .record import FILE, Proof, Record, read_record, record_of, sort_metadata
+from .skeleton import (
+    check_plain,
+    is_plain,
+    load_into,
+    needs_skeleton,
+    plain_inputs,
+    prove_plain,
+    write_plain,
+)
 from .worker import CleanWorker
 
 
@@ -37,17 +49,18 @@ def save(
     worker: CleanWorker | None = None,
     free_bytes: int | None = None,
 ) -> Proof:
-    """Write a compressed model, prove that it reloads to the same outputs, then put it in place.
+    """Write a compressed model or module, prove that it reloads to the same outputs, then put it in place.
 
     The output appears only when it is proven. After a kill at any moment it is old, new, or absent with `.NAME.old`
     beside it, which the next save or load restores.
 
     Args:
-        model: A model that this package compressed.
+        model: A model that this package compressed, or a plain module, which `load` reads into a skeleton.
         path: Output directory.
         tokenizer: Tokenizer or processor to save beside the model.
         overwrite: Replace an existing checkpoint.
-        inputs: Forward arguments for the proof; made from the model's signature by default.
+        inputs: Forward arguments for the proof; made from the model's signature by default. Of a plain module also
+            tensors or tuples of them; without inputs its tensors are compared and its outputs are not.
         worker: A clean process to reuse; started for this call by default.
         free_bytes: Memory that the proof may use; what the system has free by default.
 
@@ -59,8 +72,36 @@ def save(
         OutputExistsError, WriteError, UnsupportedModelError, ConfigError: As their names say.
     """
     target = output_path(path)
-    plan = current_plan(model) if isinstance(model, PreTrainedModel) else None
-    if not isinstance(model, PreTrainedModel) or plan is None:
+    plan = _saveable_plan(model)
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise ConfigError(
+            f"tokenizer is a {type(tokenizer).__name__}, which can't be saved.", "pass a tokenizer object"
+        )
+    plain = not isinstance(model, PreTrainedModel)
+    given = None if inputs is None else plain_inputs(inputs, model) if plain else normalise_inputs(inputs, model)
+    recover(target)
+    check_output(target, overwrite)
+    ensure_space(target, _expected_bytes(model))
+    if plain:
+        return _save_plain(model, plan, target, tokenizer, overwrite, given)
+    with _worker(worker) as clean, atomic_directory(target, overwrite) as temporary, disk_errors(target):
+        _write_weights(model, plan, temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _make_readable(temporary)
+        proof = prove(temporary, plan, model, worker=clean, inputs=given, free_bytes=free_bytes)
+        _write_record(temporary, record_of(model, plan).model_copy(update={"proof": proof}))
+    return proof
+
+
+def _saveable_plan(model: object) -> Plan:
+    """The plan of a model that can be saved.
+
+    Raises:
+        UnsupportedModelError: It is no model of ours, or has an adapter, or layers that are wrapped or compiled.
+    """
+    plan = current_plan(model) if isinstance(model, nn.Module) else None
+    if plan is None or not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"{type(model).__name__} was not compressed by hf_compress.",
             "compress it with hf_compress.quantize, or use its own save_pretrained",
@@ -71,28 +112,34 @@ def save(
             "save the adapter with model.save_pretrained, and the model before an adapter is added",
         )
     refuse_wrapped(model)
-    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
-        raise ConfigError(
-            f"tokenizer is a {type(tokenizer).__name__}, which can't be saved.", "pass a tokenizer object"
-        )
-    given = None if inputs is None else normalise_inputs(inputs, model)
-    recover(target)
-    check_output(target, overwrite)
-    ensure_space(target, _expected_bytes(model))
-    with _worker(worker) as clean, atomic_directory(target, overwrite) as temporary, disk_errors(target):
-        model.save_pretrained(temporary)
+    return plan
+
+
+def _save_plain(
+    module: nn.Module,
+    plan: Plan,
+    target: Path,
+    tokenizer: Saveable | None,
+    overwrite: bool,
+    inputs: Sequence[InputSet] | None,
+) -> Proof:
+    """Write and prove a plain module."""
+    record = record_of(module, plan)
+    with atomic_directory(target, overwrite) as temporary, disk_errors(target):
+        write_plain(module, plan, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         _make_readable(temporary)
-        proof = prove(temporary, plan, model, worker=clean, inputs=given, free_bytes=free_bytes)
-        _write_record(temporary, record_of(model, plan).model_copy(update={"proof": proof}))
+        proof = prove_plain(temporary, record, module, inputs)
+        _write_record(temporary, record.model_copy(update={"proof": proof}))
     return proof
 
 
 def verify(path: str | Path, *, worker: CleanWorker | None = None, inputs: Sequence[InputSet] | None = None) -> Proof:
     """Prove a checkpoint again, or for the first time, and record the level reached.
 
-    Our own reader's model is the reference; files are compared with their recorded hashes.
+    Our own reader's model is the reference; files are compared with their recorded hashes. Of a plain module, whose
+    code is not in the checkpoint, files and tensors are checked and the recorded proof stays what it was.
 
     Args:
         path: A checkpoint directory that this package wrote, proven or not.
@@ -108,6 +155,8 @@ def verify(path: str | Path, *, worker: CleanWorker | None = None, inputs: Seque
     recover(source)
     record = read_record(source)
     check_files(source, record.proof.files)
+    if is_plain(source):
+        return _verify_plain(source, record, inputs)
     model = load_packed(source)
     given = None if inputs is None else normalise_inputs(inputs, model)
     with _worker(worker) as clean:
@@ -117,18 +166,43 @@ def verify(path: str | Path, *, worker: CleanWorker | None = None, inputs: Seque
     return proof
 
 
-def load(path: str | Path) -> PreTrainedModel:
+def _verify_plain(source: Path, record: Record, inputs: object) -> Proof:
+    """Check a plain module's files and tensors."""
+    if inputs is not None:
+        raise InputError(
+            f"{source} holds a plain module, which only its code can run.",
+            f'load it and compare: hf_compress.load("{source}", model=...)',
+        )
+    proof = check_plain(source, record)
+    with disk_errors(source):
+        _write_record(source, record.model_copy(update={"proof": proof}))
+    return proof
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> Any:
     """Load a checkpoint that this package wrote, kept packed, with the fastest kernels that this machine has.
 
     Args:
         path: The checkpoint directory, stock format or guarded.
+        model: A skeleton for a plain module: built as the module that was saved, dense, on the CPU or meta; it is
+            filled in place, strictly, and returned. A transformers model may be given for a guarded checkpoint.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
         CheckpointNotFoundError: There is no checkpoint of ours.
         CorruptCheckpointError: It is damaged or inconsistent.
+        ConfigError: A plain module needs a skeleton, or a stock checkpoint takes none.
+        UnsupportedModelError, AlreadyQuantizedError: The skeleton does not fit, or is packed. It was not changed.
     """
     source = checkpoint_path(path)
     recover(source)
+    if model is not None:
+        return load_into(source, read_record(source), model)
+    record = read_record(source)
+    if record.plan.format == "guarded" and is_plain(source):
+        raise needs_skeleton(source)
     return load_packed(source)
 
 
@@ -166,8 +240,19 @@ def _worker(given: CleanWorker | None) -> Any:
 
 
 def _expected_bytes(model: nn.Module) -> int:
-    """What the weights will need on disk."""
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    """What the weights will need on disk, about."""
+    return resident_bytes(model)
+
+
+def _write_weights(model: Any, plan: Plan, folder: Path) -> None:
+    """What transformers writes of a model, the same bytes every time."""
+    if plan.backend:
+        settle(model)
+        folder.mkdir(exist_ok=True)
+        _write_record(folder, record_of(model, plan))  # other libraries' weights have no place for it
+    model.save_pretrained(folder)
+    for file in sorted(folder.glob("model*.safetensors")):
+        sort_metadata(file)
 
 
 def _make_readable(folder: Path) -> None:

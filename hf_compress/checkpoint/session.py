@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..core.errors import HFCompressError, IncompleteLoadError, listed
+from ..core.errors import HFCompressError, IncompleteLoadError, TiedWeightsError, listed
 from ..core.plan import Plan, PlanRow
 from ..modules.packed import PackedTensor
-from ..modules.swap import pack_module
+from ..modules.swap import pack_module, packed_tensor, share_packed
 
 Packer = Callable[[PlanRow, Tensor], tuple[PackedTensor, float | None]]
 
@@ -39,21 +41,31 @@ class LoadSession:
 
     def __post_init__(self) -> None:
         self.rows = {row.key: row for row in self.plan.quantized}
+        self.sources = {row.name: row for row in self.plan.quantized if row.tied_to is None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> LoadSession:
         return self
 
     def receive(self, model: nn.Module, key: str, value: Tensor) -> None:
         """Pack one weight and put it into its module; a typed error is kept for `finish`."""
-        row = self.rows[key]
+        source, *_ = group = self.group(key)
         try:
-            packed, self.sqnr[row.name] = self.packer(row, value)
+            packed, noise = self.packer(source, value)
+            if source.name in self.sqnr:
+                _check_same(self.rows[key], source, packed, model)
+                return
         except HFCompressError as error:
             self.failures.append(error)
             return
-        pack_module(model.get_submodule(row.module), row.parameter, packed)
+        place(model, self.plan, source, packed)
+        self.sqnr |= dict.fromkeys((row.name for row in group), noise)
         if self.progress is not None:
             self.progress(len(self.sqnr), len(self.rows))
+
+    def group(self, key: str) -> tuple[PlanRow, ...]:
+        """The row that owns the weight of a key, and the rows that are tied to it."""
+        source = self.sources[self.rows[key].tied_to or self.rows[key].name]
+        return (source, *self.plan.followers.get(source.name, ()))
 
     def finish(self) -> None:
         """Raise what went wrong.
@@ -71,3 +83,33 @@ class LoadSession:
                 f"{len(missing)} planned weights are not in the checkpoint: {listed(missing)}. They would be random.",
                 f'load a checkpoint that has them, or keep them with skip=["{missing[0]}"]',
             )
+
+
+def place(model: nn.Module, plan: Plan, row: PlanRow, packed: PackedTensor) -> None:
+    """Put a packed weight into its module, and into all modules that are tied to it."""
+    module = model.get_submodule(row.module)
+    pack_module(module, row.parameter, packed)
+    for other in plan.followers.get(row.name, ()):
+        share_packed(module, row.parameter, model.get_submodule(other.module), other.parameter)
+
+
+def release_ties(model: nn.Module, plan: Plan) -> None:
+    """Take quantized ties out of transformers' hands: they are packed buffers, which it can't tie again."""
+    if isinstance(model, PreTrainedModel):
+        for rows in plan.followers.values():
+            for row in rows:
+                model.all_tied_weights_keys.pop(row.key, None)
+
+
+def _check_same(row: PlanRow, source: PlanRow, packed: PackedTensor, model: nn.Module) -> None:
+    """Compare a tied weight with the one that came before it.
+
+    Raises:
+        TiedWeightsError: They differ.
+    """
+    earlier = packed_tensor(model.get_submodule(source.module), source.parameter)
+    if not (torch.equal(packed.codes, earlier.codes) and torch.equal(packed.scale, earlier.scale)):
+        raise TiedWeightsError(
+            f"The checkpoint holds other values for {row.name} than for {source.name}, to which its config ties it.",
+            f'load it with tie_word_embeddings=False, or keep both: skip=["{row.name}", "{source.name}"]',
+        )

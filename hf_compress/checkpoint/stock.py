@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..core.errors import CorruptCheckpointError, HFCompressError, IncompleteLoadError, first_line, listed
+from ..core.errors import (
+    CorruptCheckpointError,
+    HFCompressError,
+    IncompleteLoadError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    first_line,
+    listed,
+)
 
 LOADER_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError)
 """What transformers raises for files or configs that don't fit together."""
@@ -43,6 +52,39 @@ def load_complete(architecture: type[PreTrainedModel], source: Any, **options: A
             )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def load_source(architecture: type[PreTrainedModel], source: str | Path, **options: Any) -> PreTrainedModel:
+    """`load_complete` of a user's id or directory, in its data type, with what goes wrong told in our errors.
+
+    Args:
+        architecture: The model's class.
+        source: Directory or id.
+        **options: Further arguments of `from_pretrained`.
+
+    Raises:
+        CorruptCheckpointError: A weights file is damaged.
+        ModelNotFoundError: There are no weights.
+        UnsupportedModelError: Config and weights don't fit together.
+        HFCompressError: Of ours, unchanged.
+    """
+    try:
+        return load_complete(architecture, source, **options)
+    except HFCompressError:
+        raise
+    except SafetensorError as error:
+        raise CorruptCheckpointError(
+            f"The weights of {str(source)!r} are damaged: {first_line(error)}.", "download or save them again"
+        ) from error
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"No weights at {str(source)!r}: {first_line(error)}", "check that the model is complete"
+        ) from error
+    except LOADER_ERRORS as error:
+        raise UnsupportedModelError(
+            f"transformers can't load {str(source)!r} as {architecture.__name__}: {first_line(error)}",
+            "check that the config belongs to the weights",
+        ) from error
 
 
 @contextmanager

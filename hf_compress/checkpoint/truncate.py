@@ -44,8 +44,10 @@ def truncate(source: Path, target: Path, model: PreTrainedModel) -> bool:
     for name in ("generation_config.json",):
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
-    config = json.dumps(_config(read_config(source), kept, count), indent=2)
-    (target / "config.json").write_text(config, encoding="utf-8")
+    config = _config(read_config(source), kept, count)
+    if "quantization_config" in config:
+        config["quantization_config"] = _named(config["quantization_config"], path, renumber)
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     tensors = {_rename(key, path, renumber): value for key, value in read_tensors(source).items()}
     name = weight_files(source)[0].name if len(weight_files(source)) == 1 else "model.safetensors"
     kept_tensors = {key: value.clone() for key, value in tensors.items() if key is not None}
@@ -84,8 +86,18 @@ def _record(record: Record, path: str, renumber: dict[int, int]) -> Record:
     return record.model_copy(update={"plan": record.plan.model_copy(update={"rows": tuple(rows)})})
 
 
+def _named(value: Any, path: str, renumber: dict[int, int]) -> Any:
+    """A quantization config with the names in its lists renumbered; those of cut blocks are dropped."""
+    if isinstance(value, dict):
+        return {key: _named(item, path, renumber) for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    names = [_rename(f"{item}.", path, renumber) if isinstance(item, str) else item for item in value]
+    return [name.removesuffix(".") if isinstance(name, str) else name for name in names if name is not None]
+
+
 def _config(values: dict[str, Any], kept: list[int], count: int) -> dict[str, Any]:
-    """The config with fewer blocks; lists of one entry per block are cut alike, names of blocks renumbered."""
+    """The config with fewer blocks; lists of one entry per block are cut alike."""
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if name == "num_hidden_layers" or (name == "max_window_layers" and value == count):

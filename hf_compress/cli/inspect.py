@@ -18,6 +18,7 @@ NAME = "inspect"
 EXAMPLES = (
     "hf-compress inspect qwen3-int4 --all",
     "hf-compress inspect Qwen/Qwen3-0.6B --method rtn --bits 4",
+    "hf-compress inspect Qwen/Qwen3-0.6B --config hqq-int4",
 )
 
 
@@ -26,10 +27,12 @@ def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL_OR_DIR", help="A checkpoint, or a model's Hub id or directory.")
     ],
-    method: options.OptionalMethodName = None,
+    method: options.MethodName = None,
+    recipe: options.Config = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = None,
     symmetric: options.Symmetric = None,
+    codebook: options.Codebook = None,
     dtype: options.Dtype = None,
     skip: options.Skip = None,
     embeddings: options.Embeddings = None,
@@ -39,25 +42,26 @@ def command(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show a checkpoint's plan, sizes and proof; with --method, what would be done to a model, unread."""
+    """Show a checkpoint's plan, sizes and proof; with --method or --config, what would be done to a model, unread."""
     output = Output.of(ctx, as_json, quiet)
-    given = {
-        "bits": bits,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "dtype": dtype,
-        "skip": skip,
-        "embeddings": embeddings,
-        "min_coverage": min_coverage,
-        "format": format,
-    }
+    config = options.configuration(
+        method,
+        recipe,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        codebook=codebook,
+        dtype=dtype,
+        skip=skip,
+        embeddings=embeddings,
+        min_coverage=min_coverage,
+        format=format,
+    )
     output.calm_libraries()
-    if method is not None:
-        _forecast(output, model, options.configuration(method, **given), every)
-        return
-    if any(value is not None and value != [] for value in given.values()):
-        raise typer.BadParameter("options of a method need --method", ctx)
-    _inspect(output, model, every)
+    if config is None:
+        _inspect(output, model, every)
+    else:
+        _forecast(output, model, config, every)
 
 
 def _forecast(output: Output, model: str, config: QuantConfig, every: bool) -> None:

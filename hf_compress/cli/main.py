@@ -10,13 +10,14 @@ from typer.core import TyperGroup
 
 from .. import _version
 from ..core.errors import HFCompressError
-from . import doctor, inspect, quantize, verify
+from . import capabilities, compare, doctor, inspect, quantize, verify
 from .options import AsJson, Quiet
 from .output import Output
 
 _EXAMPLES = (
     "Examples:",
     "hf-compress quantize Qwen/Qwen3-0.6B qwen3-int4 --method rtn --bits 4",
+    "hf-compress compare bert --methods rtn,int8_dynamic --data labelled.csv --out comparison",
     "hf-compress inspect qwen3-int4",
     "hf-compress verify qwen3-int4",
     "hf-compress doctor",
@@ -43,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="\n\n".join(_EXAMPLES),
 )
-for _module in (quantize, inspect, verify, doctor):
+for _module in (quantize, compare, inspect, verify, capabilities, doctor):
     app.command(_module.NAME, epilog="\n\n".join(("Examples:", *_module.EXAMPLES)))(_module.command)
 
 

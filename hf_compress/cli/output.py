@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import typer
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ..checkpoint.record import Proof
     from ..core.errors import HFCompressError
     from ..core.plan import Plan
+
+
+_WIDE = 400
+"""Columns of what is no terminal: enough for any table, which is no wider than it needs to be."""
 
 
 class Output:
@@ -67,6 +71,22 @@ class Output:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in lines)
         self.text(*((indent + line).rstrip() for line in padded))
+
+    def grid(self, rows: Sequence[Sequence[str]], title: str) -> None:
+        """Print a table with headings, whose cells may have several lines, as wide as it needs to be."""
+        from rich.console import Console
+        from rich.table import Table
+
+        if self.as_json or self.quiet:
+            return
+        terminal = self._stdout.isatty()
+        table = Table(title=title, title_justify="left", show_lines=True)
+        for index, heading in enumerate(rows[0]):
+            justify: Literal["left", "right"] = "right" if 0 < index < len(rows[0]) - 1 else "left"
+            table.add_column(heading, justify=justify, no_wrap=not terminal)
+        for row in rows[1:]:
+            table.add_row(*row)
+        Console(file=self._stdout, width=None if terminal else _WIDE, markup=False).print(table)
 
     def result(self, value: Mapping[str, Any]) -> None:
         """Print the JSON object of a command."""

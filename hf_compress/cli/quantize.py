@@ -39,10 +39,12 @@ def command(
     ctx: typer.Context,
     model: options.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
-    method: options.MethodName,
+    method: options.MethodName = None,
+    recipe: options.Config = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = None,
     symmetric: options.Symmetric = None,
+    codebook: options.Codebook = None,
     dtype: options.Dtype = None,
     skip: options.Skip = None,
     embeddings: options.Embeddings = None,
@@ -57,15 +59,19 @@ def command(
     output = Output.of(ctx, as_json, quiet)
     config = options.configuration(
         method,
+        recipe,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        codebook=codebook,
         dtype=dtype,
         skip=skip,
         embeddings=embeddings,
         min_coverage=min_coverage,
         format=format,
     )
+    if config is None:
+        raise typer.BadParameter("give --method or --config", ctx)
     output.calm_libraries()
     forecast = _checked(model, config, out, overwrite, dry_run)
     if dry_run:
@@ -123,7 +129,7 @@ def _quantize(
 
     with output.progress("Quantizing") as advance:
         quantized = quantize(model, config, progress=advance)
-    processor, problem = _processor(model)
+    processor, problem = processor_of(model)
     with output.status("Saving and proving"):
         proof = save(quantized, out, tokenizer=processor, overwrite=overwrite)
     notes = (*forecast.notes, *([problem] if problem else []))
@@ -162,7 +168,7 @@ def _show(
     )
 
 
-def _processor(model: str) -> tuple[Any, str | None]:
+def processor_of(model: str) -> tuple[Any, str | None]:
     """The tokenizer or processor of a model, or None; and why it could not be read, if there is one."""
     from transformers import AutoProcessor
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from packaging.version import InvalidVersion, Version
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _version
@@ -28,16 +28,20 @@ if TYPE_CHECKING:
 REQUEST = "hf_compress"
 """The `quant_method` of requests. Never written to a checkpoint."""
 
-GroupSize = Annotated[int, Field(strict=True, ge=1)] | Literal["channel", "tensor"]
-Pattern = Annotated[str, Field(min_length=1)]
-Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
-
-logger = logging.getLogger(__name__)
-
 
 def _channel(value: Any) -> Any:
     """The field's convention: -1 means one group per output channel."""
     return "channel" if type(value) is int and value == -1 else value
+
+
+GroupSize = Annotated[
+    Annotated[int, Field(strict=True, ge=1)] | Literal["channel", "tensor"], BeforeValidator(_channel)
+]
+Pattern = Annotated[str, Field(min_length=1)]
+Format = Literal["auto", "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2", "guarded"]
+Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
+
+logger = logging.getLogger(__name__)
 
 
 class Rule(BaseModel):
@@ -58,8 +62,6 @@ class Rule(BaseModel):
     bits: Bits | None = None
     group_size: GroupSize | None = None
     symmetric: Annotated[bool, Field(strict=True)] | None = None
-
-    _channel = field_validator("group_size", mode="before")(_channel)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -92,7 +94,7 @@ class QuantFields(BaseModel):
     default_rules: Annotated[bool, Field(strict=True)] = True
     embeddings: Literal["keep", "int8"] = "keep"
     min_coverage: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.9
-    format: Literal["auto", "compressed-tensors", "guarded"] = "auto"
+    format: Format = "auto"
 
 
 class UniformFields(QuantFields):
@@ -108,8 +110,6 @@ class UniformFields(QuantFields):
     bits: Bits = 4
     group_size: GroupSize = 64
     symmetric: Annotated[bool, Field(strict=True)] = True
-
-    _channel = field_validator("group_size", mode="before")(_channel)
 
 
 @dataclass(frozen=True)

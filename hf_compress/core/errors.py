@@ -66,6 +66,12 @@ class MethodError(HFCompressError, ValueError):
     code = "HFC204"
 
 
+class BackendError(HFCompressError, ImportError):
+    """A package that the request needs is not installed, is broken, or can't do it on this machine."""
+
+    code = "HFC301"
+
+
 class DeviceError(HFCompressError, ValueError):
     """A device, device map or loading option that the operation can't work with."""
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from .errors import MethodError, nearest
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from torch import Tensor, dtype
 
     from .config import QuantConfig, QuantFields
     from .plan import Plan, PlanRow
+    from .scheme import Scheme
     from .weights import Weight
 
 
@@ -41,11 +41,14 @@ class Quantized:
         codes: int8 tensor of the weight's shape; values within the signed range of the bit width.
         scale: floating tensor, one value per group (rows × groups), per row (rows × 1) or for the tensor (1).
         zero_point: int8 tensor of the scale's shape, or None when symmetric.
+        codebook: float32 tensor of 2^bits values in -1 … 1, or None for a uniform grid. A code is a position in it,
+            minus 2^(bits - 1).
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    codebook: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Method:
         config: The public configuration class.
         summary: One line on when to use it.
         scheme: Maps fields and a weight to a compressed-tensors scheme, a dtype to cast to, or a reason to keep it.
-        quantize: Quantizes a floating weight (rows × columns or experts × rows × columns); None for pure casts.
+        quantize: Quantizes a floating weight (rows × columns or experts × rows × columns) to a scheme; None for
+            pure casts.
         needs_data: Whether calibration data is needed.
         quantizes_activations: Whether the scheme of a linear layer also quantizes its input.
         notes: Remarks on these fields for the plan, such as what this processor is slow at.
@@ -66,8 +70,8 @@ class Method:
     name: str
     config: type[QuantConfig]
     summary: str
-    scheme: Callable[[QuantFields, Weight], QuantizationScheme | dtype | str]
-    quantize: Callable[[Tensor, QuantizationArgs], Quantized] | None = None
+    scheme: Callable[[QuantFields, Weight], Scheme | dtype | str]
+    quantize: Callable[[Tensor, Scheme], Quantized] | None = None
     needs_data: bool = False
     quantizes_activations: bool = False
     notes: Callable[[QuantFields], tuple[str, ...]] | None = None
@@ -82,6 +86,9 @@ class Format(Protocol):
 
     def refusal(self, row: PlanRow, plan: Plan) -> str | None:
         """Why this format can't hold a row of the plan, or None when it can."""
+
+    def adapted(self, row: PlanRow) -> PlanRow:
+        """A quantized row as this format stores it, such as with scales that fit its data type."""
 
 
 @dataclass
@@ -141,10 +148,14 @@ class Registry(Generic[Entry]):
 METHODS: Registry[Method] = Registry("method")
 FORMATS: Registry[Format] = Registry("format")
 
-for _name in ("rtn", "int8_dynamic", "cast"):
+for _name in ("rtn", "hqq", "codebook", "int8_dynamic", "cast"):
     METHODS.declare(_name, f"hf_compress.methods.{_name}")
 for _name, _module in (
     ("compressed-tensors", "compressed_tensors"),
+    ("bitsandbytes", "bitsandbytes"),
+    ("torchao", "torchao"),
+    ("gptq", "gptq"),
+    ("gptq_v2", "gptq"),
     ("guarded", "guarded"),
     ("dense", "dense"),
 ):

@@ -1,13 +1,29 @@
 """From public fields to compressed-tensors' vocabulary, and readable labels back.
 
-Below the public fields there is no other vocabulary than `QuantizationArgs` and `QuantizationScheme`.
+Below the public fields there is no other vocabulary than `QuantizationArgs` and `QuantizationScheme`, extended by
+one field for what they can't say: that codes are positions in a codebook.
 """
 
 from __future__ import annotations
 
 from math import ceil, prod
+from typing import Literal
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+Codebook = Literal["nf4", "fp4", "log", "kmeans"]
+
+
+class Scheme(QuantizationScheme):
+    """compressed-tensors' scheme, or one whose codes are positions in a table of 2^bits values.
+
+    Attributes:
+        codebook: Kind of the table; None for a uniform grid. The table itself is stored with the weight, its values
+            lie in -1 … 1 and a group's scale is its absolute maximum.
+    """
+
+    codebook: Codebook | None = None
 
 
 def weight_args(bits: int, group_size: int | str, symmetric: bool) -> QuantizationArgs:
@@ -22,22 +38,38 @@ def token_args() -> QuantizationArgs:
     return QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
 
 
+def tensor_args() -> QuantizationArgs:
+    """Inputs: symmetric INT8, one scale for the whole tensor, computed at run time."""
+    return QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="tensor", dynamic=True)
+
+
 def scheme(
-    weights: QuantizationArgs, inputs: QuantizationArgs | None = None, packed: bool = True
-) -> QuantizationScheme:
+    weights: QuantizationArgs,
+    inputs: QuantizationArgs | None = None,
+    packed: bool = True,
+    codebook: Codebook | None = None,
+) -> Scheme:
     """A scheme with its storage format; its targets are filled in by the checkpoint format.
 
     Args:
         weights: The weight's grid.
         inputs: The input's grid, or None for weight-only.
         packed: False stores weight-only codes as plain int8, as W8A8 always does.
+        codebook: Kind of the table that codes are positions in; None for a uniform grid.
     """
     storage = "pack-quantized" if packed and inputs is None else "int-quantized"
-    return QuantizationScheme(targets=[], weights=weights, input_activations=inputs, format=storage)
+    return Scheme(targets=[], weights=weights, input_activations=inputs, format=storage, codebook=codebook)
 
 
-def label(given: QuantizationScheme) -> str:
-    """A short name, such as `int4-g64`, `int4-g64-asym`, `int8-channel` or `w8a8-dynamic-token`."""
+def with_half_scales(given: Scheme) -> Scheme:
+    """The scheme with scales that fit into float16, for formats that store them so."""
+    if given.weights is None:
+        return given
+    return given.model_copy(update={"weights": given.weights.model_copy(update={"scale_dtype": torch.float16})})
+
+
+def label(given: Scheme) -> str:
+    """A short name, such as `int4-g64`, `int4-g64-asym`, `nf4-g64`, `kmeans3-channel` or `w8a8-dynamic-token`."""
     weights = given.weights
     if weights is None:
         return "float"
@@ -45,6 +77,8 @@ def label(given: QuantizationScheme) -> str:
     if inputs is not None:
         return f"w{weights.num_bits}a{inputs.num_bits}-{'dynamic' if inputs.dynamic else 'static'}-{inputs.strategy}"
     span = f"g{weights.group_size}" if weights.strategy == "group" else str(weights.strategy)
+    if given.codebook is not None:
+        return f"{given.codebook.removesuffix('4')}{weights.num_bits}-{span}"
     return f"int{weights.num_bits}-{span}" + ("" if weights.symmetric else "-asym")
 
 
@@ -55,14 +89,18 @@ def groups(shape: tuple[int, ...], args: QuantizationArgs) -> tuple[int, ...]:
     return (*shape[:-1], 1) if args.strategy == "channel" else (1,)
 
 
-def packed_bytes(shape: tuple[int, ...], args: QuantizationArgs, scale_bytes: int) -> int:
-    """Bytes of codes, scales and zero points of a canonical weight.
+def packed_bytes(shape: tuple[int, ...], given: Scheme, scale_bytes: int) -> int:
+    """Bytes of codes, scales, zero points and codebook of a canonical weight.
 
     Args:
         shape: … × rows × columns.
-        args: The weight's grid.
+        given: The weight's scheme.
         scale_bytes: Bytes of one scale, the weight's own element size.
     """
+    args = given.weights
+    if args is None:
+        return prod(shape) * scale_bytes
     words = shape[-1] if args.num_bits == 8 else ceil(shape[-1] * args.num_bits / 32) * 4
     count = prod(groups(shape, args))
-    return prod(shape[:-1]) * words + count * scale_bytes + (0 if args.symmetric else count)
+    table = 0 if given.codebook is None else 4 * 2**args.num_bits
+    return prod(shape[:-1]) * words + count * scale_bytes + (0 if args.symmetric else count) + table

@@ -5,6 +5,7 @@ Works on a model on the meta device; reads no values.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 
 class WeightKind(StrEnum):
@@ -26,6 +29,8 @@ class WeightKind(StrEnum):
     CONV1D = "conv1d"
     EMBEDDING = "embedding"
     EXPERTS = "experts"
+    CONV = "conv"
+    RECURRENT = "recurrent"
     OTHER = "other"
 
 
@@ -50,12 +55,18 @@ class Weight:
         kind: How it is used.
         role: Why default rules would keep it.
         owner: Class name of the owning module.
-        shape: Canonical shape: rows × columns, with experts first for fused experts. Columns are the inputs.
+        shape: Canonical shape: rows × columns, with experts first for fused experts. Columns are the inputs; of a
+            convolution, input channels per group × kernel.
         transposed: Whether the stored parameter has rows and columns swapped.
         dtype: The parameter's data type.
         tied_to: Name of the first weight that shares this parameter, or None.
         parts: Checkpoint names of fused experts' weights, with `{}` for the expert; rows are split evenly among
             them. Empty when transformers stores the weight as it is.
+        kernel: Of a convolution, the parameter's dimensions after the first: input channels per group, then the
+            kernel's; else empty.
+        stays_float32: Whether stock quantizers leave its module alone, as one that this architecture wants in float32
+            (T5's `wo`).
+        unpackable: Why its module can't work with a packed weight, or empty.
     """
 
     name: str
@@ -69,6 +80,9 @@ class Weight:
     dtype: torch.dtype
     tied_to: str | None = None
     parts: tuple[str, ...] = ()
+    kernel: tuple[int, ...] = ()
+    stays_float32: bool = False
+    unpackable: str = ""
 
     @property
     def count(self) -> int:
@@ -84,6 +98,7 @@ class Weight:
 def list_weights(model: nn.Module) -> list[Weight]:
     """All weights of a model, in module order; a tied one is listed each time, with `tied_to` after the first."""
     heads, declared, converters = _heads(model), _declared_ties(model), _converters(model)
+    wide = list(model._keep_in_fp32_modules or ()) if isinstance(model, PreTrainedModel) else []
     first: dict[int, str] = {}
     names: dict[str, str] = {}
     found = []
@@ -92,6 +107,8 @@ def list_weights(model: nn.Module) -> list[Weight]:
             if value.ndim < 2:
                 continue
             weight = _describe(path, module, parameter, value, head=module in heads)
+            if not should_convert_module(path, wide):
+                weight = replace(weight, stays_float32=True)
             if weight.kind is WeightKind.EXPERTS:
                 weight = replace(weight, parts=_expert_parts(weight, converters))
             owner = first.setdefault(id(value), weight.name)
@@ -129,6 +146,9 @@ def _describe(path: str, module: nn.Module, parameter: str, value: nn.Parameter,
     """Kind, role and canonical shape of one parameter."""
     kind, transposed = _kind(module, parameter, value)
     shape = tuple(value.shape)
+    kernel = shape[1:] if kind is WeightKind.CONV else ()
+    if kernel:
+        shape = (shape[0], prod(kernel))
     return Weight(
         name=path if parameter == "weight" and path else ".".join(part for part in (path, parameter) if part),
         module=path,
@@ -139,7 +159,26 @@ def _describe(path: str, module: nn.Module, parameter: str, value: nn.Parameter,
         shape=(*shape[:-2], shape[-1], shape[-2]) if transposed else shape,
         transposed=transposed,
         dtype=value.dtype,
+        kernel=kernel,
+        unpackable=_unpackable(module, kind),
     )
+
+
+def _unpackable(module: nn.Module, kind: WeightKind) -> str:
+    """Why a module can't work with a packed weight, or empty."""
+    owner = type(module).__name__
+    if isinstance(module, nn.Embedding) and kind is WeightKind.EMBEDDING:
+        if module.max_norm is not None:
+            return f"max_norm={module.max_norm} makes {owner} rescale rows of its table while it looks them up"
+        if len(inspect.signature(type(module).forward).parameters) != 2:
+            return f"{owner}.forward does not take row numbers alone, which no reader of quantized tables allows for"
+    if isinstance(module, nn.EmbeddingBag):
+        return f"{owner} sums rows of its table inside PyTorch, which needs it dense"
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return f"{owner} has its output channels in the second dimension, a scale per channel is not defined there"
+    if isinstance(module, ParametrizationList):
+        return "torch.nn.utils.parametrize computes a weight from it in every forward"
+    return f"{owner} weights are not supported" if kind is WeightKind.OTHER else ""
 
 
 def _kind(module: nn.Module, parameter: str, value: nn.Parameter) -> tuple[WeightKind, bool]:
@@ -151,6 +190,10 @@ def _kind(module: nn.Module, parameter: str, value: nn.Parameter) -> tuple[Weigh
             return WeightKind.CONV1D, True
         if isinstance(module, nn.Embedding):
             return WeightKind.EMBEDDING, False
+    if parameter == "weight" and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return WeightKind.CONV, False
+    if parameter.startswith("weight_") and isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return WeightKind.RECURRENT, False
     layout = vars(module)
     if value.ndim == 3 and "is_transposed" in layout and parameter.endswith("_proj"):
         return WeightKind.EXPERTS, bool(layout["is_transposed"])

@@ -35,7 +35,7 @@ _ISA_FLAGS = (
     "sve",
     "sve2",
 )
-_PACKAGES = ("torch", "transformers", "compressed-tensors", "hf_compress")
+_PACKAGES = ("torch", "transformers", "compressed-tensors", "bitsandbytes", "torchao", "hf_compress")
 _CPUINFO = Path("/proc/cpuinfo")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/gpus")
 

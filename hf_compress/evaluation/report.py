@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.foreign import running_kernels
 from ..checkpoint.inputs import InputSet
 from ..checkpoint.record import Record, record_of
 from ..core.errors import InputError, UnsupportedModelError
 from ..core.plan import Plan
-from ..modules.kernels.choose import kernel_counts
 from .environment import Environment, environment
 from .forward import device_of, evaluating, refusing
 from .latency import LatencyComparison, check_timing, measure_latency, synchronizer
@@ -97,7 +97,7 @@ def evaluate(
     record = None if path is None else checked_record(Path(path), plan)
     sets = latency_inputs(model, inputs)
     here = environment()
-    _try_inputs(model, baseline, sets)
+    try_inputs({"model": model, "baseline": baseline}, sets)
     quality = None if measure_quality is None else measure_quality()
     latency = _latency(model, baseline, sets, pairs, clock)
     measured = {"latency": latency, "quality": quality, "environment": here}
@@ -121,17 +121,25 @@ def _described(
         "size": _size(model, baseline, path, record),
         "coverage": _coverage(plan),
         "layers": _layers(plan),
-        "kernels": kernel_counts(model),
+        "kernels": running_kernels(model, plan),
         "proof": None if record is None else record.proof,
     }
 
 
-def _try_inputs(model: nn.Module, baseline: nn.Module, sets: dict[str, InputSet]) -> None:
-    """Run both once on each input, so that one that doesn't fit is refused before anything is measured."""
-    wait = synchronizer(device_of(model))
-    with evaluating(model, baseline):
+def try_inputs(models: Mapping[str, nn.Module], sets: Mapping[str, InputSet]) -> None:
+    """Run models once on each input, so that one that doesn't fit is refused before anything is measured.
+
+    Args:
+        models: By their names in messages, on one device.
+        sets: Forward arguments by name.
+
+    Raises:
+        InputError: A model can't run them.
+    """
+    wait = synchronizer(device_of(next(iter(models.values()))))
+    with evaluating(*models.values()):
         for name, one in sets.items():
-            for told, side in (("model", model), ("baseline", baseline)):
+            for told, side in models.items():
                 with refusing(
                     InputError,
                     f"The {told}, a {type(side).__name__}, can't run the inputs {name}",
@@ -225,10 +233,15 @@ def _notes(here: Environment, record: Record | None, quality: QualityResult | No
         notes.append("Quality was not measured: no data was given.")
     elif quality.truncated:
         notes.append(f"Texts cut at {quality.max_length} tokens: {quality.truncated}.")
+    return [*notes, *busy(here)]
+
+
+def busy(here: Environment) -> tuple[str, ...]:
+    """A note where more processes wanted to run before measuring than the machine has processors."""
     load = here.load_average_before
-    if load is not None and here.logical_cpus is not None and load[0] > here.logical_cpus:
-        notes.append(
-            f"The machine was busy before measuring: {load[0]:.1f} runnable processes on {here.logical_cpus} "
-            "logical processors."
-        )
-    return notes
+    if load is None or here.logical_cpus is None or load[0] <= here.logical_cpus:
+        return ()
+    return (
+        f"The machine was busy before measuring: {load[0]:.1f} runnable processes on {here.logical_cpus} "
+        "logical processors.",
+    )

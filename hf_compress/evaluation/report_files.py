@@ -6,11 +6,11 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment as Jinja
 from jinja2 import PackageLoader, StrictUndefined
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .. import _version
 from ..checkpoint.atomic import disk_errors
@@ -21,6 +21,7 @@ from .quality_results import CausalLMQuality, ClassificationQuality, QualityResu
 from .report_schema import SCHEMA, Layer, Report, Size
 
 _WORST = 10
+Document = TypeVar("Document", bound=BaseModel)
 
 
 def headline(report: Report) -> str:
@@ -34,18 +35,10 @@ def headline(report: Report) -> str:
 
 def to_markdown(report: Report) -> str:
     """The report as a page; its first line is `headline`."""
-    jinja = Jinja(
-        loader=PackageLoader("hf_compress.evaluation", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML; table cells are escaped by `cell`
-    )
-    jinja.filters["cell"] = _cell
     versions = {**report.environment.packages, "hf_compress": report.version}
     stock = (("before", report.size.stock_resident_before), ("after", report.size.stock_resident_after))
-    return jinja.get_template("report.md.jinja").render(
+    return page(
+        "report.md.jinja",
         report=report,
         headline=headline(report),
         slower=_slower(report) is not None,
@@ -55,6 +48,20 @@ def to_markdown(report: Report) -> str:
         config=_config(report),
         packages=[f"{name} {version}" for name, version in versions.items() if version],
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A page of Markdown from one of our templates."""
+    jinja = Jinja(
+        loader=PackageLoader("hf_compress.evaluation", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML; table cells are escaped by `cell`
+    )
+    jinja.filters["cell"] = cell
+    return jinja.get_template(template).render(**values)
 
 
 def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
@@ -86,34 +93,50 @@ def read_report(path: str | Path) -> Report:
         CheckpointNotFoundError: There is no such file.
         CorruptCheckpointError: It is no whole report, or a newer version of this package wrote it.
     """
-    file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    return read_document(Path(path), "report", Report, "evaluate")
+
+
+def read_document(path: Path, what: str, kind: type[Document], again: str) -> Document:
+    """A report or comparison from its JSON file, or from the directory that holds it.
+
+    Args:
+        path: The file, or the directory of `WHAT.json`.
+        what: The word for it in messages, and the file's name.
+        kind: Its class.
+        again: The verb for making it anew.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CorruptCheckpointError: It is not whole, or a newer version of this package wrote it.
+    """
+    file = path / f"{what}.json" if path.is_dir() else path
     if not file.is_file():
-        raise CheckpointNotFoundError(f"There is no report at {file}.", "check the path; evaluate again")
+        raise CheckpointNotFoundError(f"There is no {what} at {file}.", f"check the path; {again} again")
     try:
         values = json.loads(file.read_bytes())
     except ValueError as error:
-        raise CorruptCheckpointError(f"{file} is not whole JSON: {error}.", "evaluate and write it again") from None
-    _check_schema(file, values)
+        raise CorruptCheckpointError(f"{file} is not whole JSON: {error}.", f"{again} and write it again") from None
+    _check_schema(file, values, what)
     try:
-        return Report.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or "its top"
         raise CorruptCheckpointError(
-            f"The report {file} doesn't fit at {place}: {problem['msg']}.",
-            "evaluate again, or pip install --upgrade hf-compress if a newer version wrote it",
+            f"The {what} {file} doesn't fit at {place}: {problem['msg']}.",
+            f"{again} again, or pip install --upgrade hf-compress if a newer version wrote it",
         ) from None
 
 
-def _check_schema(file: Path, values: object) -> None:
-    """Refuse what is no report, and reports of a later schema.
+def _check_schema(file: Path, values: object, what: str) -> None:
+    """Refuse what is no report or comparison, and those of a later schema.
 
     Raises:
         CorruptCheckpointError: It is one of these.
     """
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):
-        raise CorruptCheckpointError(f"{file} is no report: it has no schema_version.", "check the path")
+        raise CorruptCheckpointError(f"{file} is no {what}: it has no schema_version.", "check the path")
     if version > SCHEMA:
         raise CorruptCheckpointError(
             f"{file} has schema_version {version}; hf_compress {_version.__version__} reads {SCHEMA}.",
@@ -210,6 +233,6 @@ def _given(request: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in request.items() if value is not None}
 
 
-def _cell(text: object) -> str:
+def cell(text: object) -> str:
     """Text inside a Markdown table."""
     return str(text).replace("|", "\\|").replace("\n", " ")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint.foreign import parameter_shapes, quantization_of
 from ..checkpoint.handover import current_plan, plan_of
 from ..checkpoint.proof import current_record
 from ..checkpoint.record import Record
@@ -40,7 +40,7 @@ def checked_plan(model: nn.Module, baseline: nn.Module) -> Plan:
             f"The {name} was not compressed by hf_compress: it has no plan.",
             "hf_compress.quantize(model, config) or hf_compress.load(path); the order is evaluate(model, baseline)",
         )
-    if plan_of(baseline) is not None:
+    if plan_of(baseline) is not None or quantization_of(baseline) is not None:
         raise UnsupportedModelError(
             f"The baseline, a {type(baseline).__name__}, is compressed too; quantize changes a live model in place.",
             "pass the original: load it again, or copy.deepcopy(model) before quantizing",
@@ -105,8 +105,7 @@ def check_sizes(model: nn.Module, baseline: nn.Module) -> None:
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's parameters as they are, or were before packing."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    shapes = {name: tuple(value.shape) for name, value in parameters.items() if not is_lazy(value)}
+    shapes = parameter_shapes(model)
     for path, module in packed_modules(model):
         for name, layout in module.hfc_layouts.items():
             shapes[f"{path}.{name}" if path else name] = tuple(layout.parameter_shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hf_compress.checkpoint.proof_worker import held_tensors, inner_tensors
 from hf_compress.core.errors import CheckpointNotFoundError, CorruptCheckpointError, MeasurementError
 
 # Trainer's optimizer.pt, rng_state.pth and training_args.bin are no weights, hence names and not suffixes.
@@ -57,8 +58,8 @@ def resident_bytes(model: nn.Module, *, extra_tensors: Iterable[Tensor] = (), co
     """Bytes of the memory that the model's tensors really hold.
 
     Every storage counts once and whole: tied weights once, a view as the storage it keeps alive. Wrapper
-    tensors (torchao, DTensor, ...) count as the tensors inside. oneDNN's opaque tensors don't tell their
-    padding and count as `numel * itemsize`.
+    tensors (torchao, DTensor, ...) count as the tensors inside, bitsandbytes' weights with the scales and tables that
+    it keeps beside them. oneDNN's opaque tensors don't tell their padding and count as `numel * itemsize`.
 
     Args:
         model: Its parameters and buffers, persistent or not, are walked.
@@ -72,7 +73,7 @@ def resident_bytes(model: nn.Module, *, extra_tensors: Iterable[Tensor] = (), co
         MeasurementError: A tensor of an unknown kind that hides its memory, or a lazy module that never ran.
     """
     storages: dict[tuple[object, ...], tuple[int, object]] = {}
-    for tensor in itertools.chain(_tensors(model), extra_tensors):
+    for tensor in itertools.chain(_tensors(model), *map(held_tensors, model.modules()), extra_tensors):
         for plain in _plain_tensors(tensor):
             key, size, owner = _storage(plain)
             if key[0] == "meta" and not count_meta:
@@ -159,11 +160,8 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that really hold memory."""
     if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            inner = getattr(tensor, name)  # the protocol's own way: it lists its attributes by name
-            if isinstance(inner, Tensor):
-                yield from _plain_tensors(inner)
+        for inner in inner_tensors(tensor):
+            yield from _plain_tensors(inner)
     elif tensor.layout == torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in _COMPRESSED_ROWS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -12,7 +13,24 @@ from ..core.errors import CorruptCheckpointError
 from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..modules.packed import Layout, PackedTensor
-from ..modules.swap import packed_modules, packed_tensor
+from ..modules.swap import SUFFIXES, PackedModule, packed_modules, packed_tensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a stock reload may be from the model.
+
+    Attributes:
+        outputs: Relative to the largest output; 0 means bit-equal.
+        weights: The same for each weight that stock keeps packed and dequantizes on request; None where stock
+            computes with dense weights, so that its outputs say it all.
+        on_meta: Whether stock can list the names of all weights on the meta device, as the proof of a model that is
+            too large to load twice begins.
+    """
+
+    outputs: float = 0.0
+    weights: float | None = None
+    on_meta: bool = True
 
 
 class CheckpointFormat(Protocol):
@@ -31,6 +49,12 @@ class CheckpointFormat(Protocol):
     def refusal(self, row: PlanRow, plan: Plan) -> str | None:
         """Why a row can't be held, or None."""
 
+    def adapted(self, row: PlanRow) -> PlanRow:
+        """A quantized row as this format stores it."""
+
+    def limits(self, plan: Plan) -> Limits:
+        """How far a stock reload may be from the model."""
+
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """What `config.json` says under `quantization_config`."""
 
@@ -43,18 +67,37 @@ class CheckpointFormat(Protocol):
     def keys(self, row: PlanRow) -> list[str]:
         """Names of the tensors that hold one packed weight."""
 
+    def owned(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Names on disk that belong to packed weights.
+
+        Told by the tensors themselves: names on disk may differ from the plan's by transformers' renames.
+        """
+
 
 def encode_model(model: nn.Module, plan: Plan, layout: CheckpointFormat) -> dict[str, Tensor]:
     """The state dict to write: packed weights in the format's tensors, the rest as it is."""
     state = dict(model.state_dict())
     rows = {(row.module, row.parameter): row for row in plan.quantized}
+    for path, part in model.named_modules(remove_duplicate=False):
+        names = part.hfc_layouts if isinstance(part, PackedModule) else ()
+        for key in [f"{name}_{suffix}" for name in names for suffix in SUFFIXES]:
+            state.pop(f"{path}.{key}" if path else key, None)
     for path, module in packed_modules(model):
         for name in module.hfc_layouts:
-            for suffix in ("packed", "scale", "zero_point"):
-                state.pop(f"{path}.{name}_{suffix}", None)
             row = rows[plain_path(path), name]
             state.update(layout.encode(row, packed_tensor(module, name)))
     return state
+
+
+def integers_and_sides(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names of integer codes, and of the scales and other tensors beside them.
+
+    A model may have parameters of its own that end in `_scale`, so names alone don't tell.
+    """
+    codes = {key for key, value in tensors.items() if value.dtype in (torch.int8, torch.int32)}
+    bases = {key.removesuffix("_packed") for key in codes}
+    sides = {f"{base}_{side}" for base in bases for side in ("scale", "shape", "zero_point", "codebook")}
+    return codes | (sides & set(tensors))
 
 
 def plain_path(path: str) -> str:
@@ -66,7 +109,7 @@ def layout_of(row: PlanRow) -> Layout:
     """The packed layout that a row plans."""
     if row.quantization is None:
         raise ValueError(f"{row.name} is not quantized")
-    return Layout(row.shape, row.quantization, row.transposed)
+    return Layout(row.shape, row.quantization, row.transposed, row.kernel)
 
 
 def take(tensors: Mapping[str, Tensor], key: str) -> Tensor:
@@ -95,6 +138,8 @@ def checked(row: PlanRow, packed: PackedTensor, expected: Mapping[str, tuple[int
     seen = {"codes": tuple(packed.codes.shape), "scale": tuple(packed.scale.shape)}
     if packed.zero_point is not None:
         seen["zero_point"] = tuple(packed.zero_point.shape)
+    if packed.codebook is not None:
+        seen["codebook"] = tuple(packed.codebook.shape)
     for part, shape in expected.items():
         if seen.get(part, shape) != shape:
             raise CorruptCheckpointError(

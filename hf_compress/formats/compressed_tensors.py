@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from ..core import scheme as schemes
@@ -19,9 +19,12 @@ from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
 from ..modules.packed import PackedTensor, from_words, to_words, words_shape
-from .base import checked, layout_of, take
+from .base import Limits, checked, integers_and_sides, layout_of, take
 
 EXPERTS_TARGET = "re:.*experts.*"
+
+ACTIVATION_LIMIT = 1e-5
+"""Relative limit on outputs for quantized inputs."""
 
 
 class CompressedTensorsFormat:
@@ -40,6 +43,8 @@ class CompressedTensorsFormat:
             return _experts_refusal(row, plan)
         if row.kind not in (WeightKind.LINEAR, WeightKind.EMBEDDING):
             return f"it holds nn.Linear and nn.Embedding, not {row.owner}"
+        if row.quantization is not None and row.quantization.codebook is not None:
+            return f"it holds uniform grids, not {row.quantization.codebook}"
         if not weights.symmetric and weights.strategy == "tensor":
             return "stock transformers can't read one zero point per tensor"
         if not _needs_dequantize(plan):
@@ -49,6 +54,15 @@ class CompressedTensorsFormat:
         if len({_dense_key(other) for other in _dense(plan)}) > 1:
             return "stock transformers must dequantize this model while loading, and then reads only one dense scheme"
         return None
+
+    def adapted(self, row: PlanRow) -> PlanRow:
+        """It stores scales as they are."""
+        return row
+
+    def limits(self, plan: Plan) -> Limits:
+        """Stock dequantizes as we do. Rounding of inputs at run time may differ by accumulation order."""
+        inputs = any(row.quantization and row.quantization.input_activations for row in plan.quantized)
+        return Limits(outputs=ACTIVATION_LIMIT if inputs else 0.0)
 
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """Groups by scheme; targets are class names where one scheme holds for all linears, else names."""
@@ -65,10 +79,21 @@ class CompressedTensorsFormat:
 
     def keys(self, row: PlanRow) -> list[str]:
         """Names of the tensors that hold one packed weight."""
+        if row.tied_to is not None:
+            return [f"{row.name}.weight_scale"]
         return [f"{name}.{suffix}" for name in _names(row) for suffix in _suffixes(row)]
 
+    def owned(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Names on disk that belong to packed weights."""
+        return integers_and_sides(tensors)
+
     def encode(self, row: PlanRow, packed: PackedTensor) -> dict[str, Tensor]:
-        """The tensors on disk; one set per expert and part for fused experts."""
+        """The tensors on disk; one set per expert and part for fused experts.
+
+        Of a tied weight only the scale: stock ties the codes while loading, and wants a scale for each module.
+        """
+        if row.tied_to is not None:
+            return {f"{row.name}.weight_scale": packed.scale.clone()}
         if row.kind is not WeightKind.EXPERTS:
             return _encode(row.name, packed, int_quantized=_is_int_quantized(row))
         found: dict[str, Tensor] = {}
@@ -128,7 +153,7 @@ def _needs_dequantize(plan: Plan) -> bool:
     return plan.stock_dequantize or any(used.weights and not used.weights.symmetric for used in schemes_used)
 
 
-def _groups(plan: Plan) -> dict[str, QuantizationScheme]:
+def _groups(plan: Plan) -> dict[str, schemes.Scheme]:
     """One group per scheme, experts apart."""
     by_scheme: dict[str, list[PlanRow]] = {}
     for row in _dense(plan):
@@ -144,7 +169,7 @@ def _groups(plan: Plan) -> dict[str, QuantizationScheme]:
     return made
 
 
-def _targeting(row: PlanRow, targets: list[str]) -> QuantizationScheme:
+def _targeting(row: PlanRow, targets: list[str]) -> schemes.Scheme:
     """A row's scheme with targets."""
     if row.quantization is None:
         raise ValueError(f"{row.name} is not quantized")

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..modules.packed import PackedTensor
+from .base import Limits
 
 
 class DenseFormat:
@@ -23,6 +24,14 @@ class DenseFormat:
         """It holds no packed weight."""
         return None if row.quantization is None else "a dense checkpoint holds no packed weights"
 
+    def adapted(self, row: PlanRow) -> PlanRow:
+        """It stores scales as they are."""
+        return row
+
+    def limits(self, plan: Plan) -> Limits:
+        """The same weights: bit-equal."""
+        return Limits()
+
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """Nothing to say."""
         return {}
@@ -30,6 +39,10 @@ class DenseFormat:
     def keys(self, row: PlanRow) -> list[str]:
         """Names of the tensors that hold one packed weight: none."""
         return []
+
+    def owned(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """There are no packed weights."""
+        return set()
 
     def encode(self, row: PlanRow, packed: PackedTensor) -> dict[str, Tensor]:
         """There are no packed weights."""

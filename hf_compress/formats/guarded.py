@@ -15,7 +15,8 @@ from ..core import scheme as schemes
 from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..modules.packed import PackedTensor, words_shape
-from .base import checked, layout_of, take
+from ..modules.swap import SUFFIXES
+from .base import Limits, checked, integers_and_sides, layout_of, take
 
 GUARD = "hf_compress-guarded"
 
@@ -31,6 +32,14 @@ class GuardedFormat:
         """It holds everything that can be packed."""
         return None
 
+    def adapted(self, row: PlanRow) -> PlanRow:
+        """It stores scales as they are."""
+        return row
+
+    def limits(self, plan: Plan) -> Limits:
+        """Stock never reads it."""
+        return Limits()
+
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """The guard: no `quant_method`, on purpose."""
         return {
@@ -41,23 +50,37 @@ class GuardedFormat:
 
     def keys(self, row: PlanRow) -> list[str]:
         """Names of the tensors that hold one packed weight."""
-        asymmetric = not layout_of(row).weights.symmetric
-        return [f"{row.key}_{suffix}" for suffix in ("packed", "scale", *(["zero_point"] if asymmetric else []))]
+        return [] if row.tied_to is not None else [f"{row.key}_{suffix}" for suffix in _suffixes(row)]
+
+    def owned(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Names on disk that belong to packed weights."""
+        return integers_and_sides(tensors)
 
     def encode(self, row: PlanRow, packed: PackedTensor) -> dict[str, Tensor]:
-        """Codes, scale and zero point under the names that packed modules use."""
-        found = {f"{row.key}_packed": packed.codes, f"{row.key}_scale": packed.scale}
-        return found if packed.zero_point is None else {**found, f"{row.key}_zero_point": packed.zero_point}
+        """Codes, scale, zero point and codebook under the names that packed modules use; of tied weights once."""
+        if row.tied_to is not None:
+            return {}
+        parts = (packed.codes, packed.scale, packed.zero_point, packed.codebook)
+        named = zip(SUFFIXES, parts, strict=True)
+        return {f"{row.key}_{suffix}": value for suffix, value in named if value is not None}
 
     def decode(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
         """One packed weight."""
         layout = layout_of(row)
         bits = layout.weights.num_bits
-        codes, scale, *rest = (take(tensors, key) for key in self.keys(row))
-        packed = PackedTensor(layout, codes, scale, rest[0] if rest else None)
+        parts = {suffix: take(tensors, f"{row.key}_{suffix}") for suffix in _suffixes(row)}
+        zero_point, codebook = parts.get("zero_point"), parts.get("codebook")
+        packed = PackedTensor(layout, parts["packed"], parts["scale"], zero_point, codebook)
         grid = schemes.groups(row.shape, layout.weights)
         shape = row.shape if bits == 8 else words_shape(row.shape, bits)
-        return checked(row, packed, {"codes": shape, "scale": grid, "zero_point": grid})
+        return checked(row, packed, {"codes": shape, "scale": grid, "zero_point": grid, "codebook": (2**bits,)})
+
+
+def _suffixes(row: PlanRow) -> list[str]:
+    """Which buffers a packed weight has."""
+    layout = layout_of(row)
+    asymmetric, table = not layout.weights.symmetric, layout.scheme.codebook is not None
+    return ["packed", "scale", *(["zero_point"] if asymmetric else []), *(["codebook"] if table else [])]
 
 
 FORMATS.register(GuardedFormat())

@@ -42,7 +42,7 @@ class PackOnLoad(ConversionOps):
         (value,) = input_dict.values()
         self.session.receive(model, full_layer_name, value[0] if isinstance(value, list) else value)
         if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
+            missing_keys -= {row.key for row in self.session.group(full_layer_name)}
         return {}
 
 

@@ -2,7 +2,8 @@
 
 Codes of 8 bits are int8; fewer bits are packed densely into int32 words along the inputs, as compressed-tensors
 does (element i at bit position i × bits, little endian, offset binary). Dequantizing is compressed-tensors'
-arithmetic, `(codes - zero_point) * scale` in the scale's data type, so both give the same bytes.
+arithmetic, `(codes - zero_point) * scale` in the scale's data type, so both give the same bytes. With a codebook it
+is bitsandbytes' arithmetic, `codebook[code] * scale` in float32, then cast to the scale's data type.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from math import ceil, prod
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from ..core import scheme as schemes
@@ -29,13 +30,15 @@ class Layout:
 
     Attributes:
         shape: Canonical shape, … × rows × columns.
-        scheme: The compressed-tensors scheme.
+        scheme: The scheme.
         transposed: Whether the module's own parameter has rows and columns swapped.
+        kernel: For convolutions, the parameter's dimensions after the first; columns are their product.
     """
 
     shape: tuple[int, ...]
-    scheme: QuantizationScheme
+    scheme: schemes.Scheme
     transposed: bool
+    kernel: tuple[int, ...] = ()
 
     @property
     def weights(self) -> QuantizationArgs:
@@ -47,6 +50,8 @@ class Layout:
     @property
     def parameter_shape(self) -> tuple[int, ...]:
         """The shape of the dense parameter."""
+        if self.kernel:
+            return (self.shape[0], *self.kernel)
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     def __deepcopy__(self, memo: dict[int, object]) -> Layout:
@@ -62,23 +67,28 @@ class PackedTensor:
         codes: int8 (… × rows × columns) for 8 bits, else int32 words (… × rows × ceil(columns · bits / 32)).
         scale: Floating, per group, per row or for the tensor.
         zero_point: int8 of the scale's shape, or None.
+        codebook: Floating, 2^bits values, or None for a uniform grid.
     """
 
     layout: Layout
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    codebook: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The dense parameter, in the scale's data type and the module's own orientation."""
         weight = dequantize(self)
+        if self.layout.kernel:
+            return weight.view(self.layout.parameter_shape)
         return weight.transpose(-1, -2) if self.layout.transposed else weight
 
     def part(self, index: int | slice) -> PackedTensor:
-        """One expert of fused experts, or some of them."""
+        """One expert of fused experts or some of them, or some rows."""
         shape = self.layout.shape[1:] if isinstance(index, int) else (len(self.codes[index]), *self.layout.shape[1:])
         zero_point = None if self.zero_point is None else self.zero_point[index]
-        return PackedTensor(replace(self.layout, shape=shape), self.codes[index], self.scale[index], zero_point)
+        layout = replace(self.layout, shape=shape, kernel=())
+        return PackedTensor(layout, self.codes[index], self.scale[index], zero_point, self.codebook)
 
     def rows(self, index: Tensor) -> Tensor:
         """Dequantized rows of a weight with scales per row or group, as an embedding looks them up.
@@ -91,20 +101,20 @@ class PackedTensor:
         """
         count, columns = self.layout.shape
         flat = index.reshape(-1)
-        if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < count):
-            raise IndexError(f"row numbers from {int(flat.min())} to {int(flat.max())} in a table of {count} rows")
+        low, high = (int(flat.min()), int(flat.max())) if flat.numel() else (0, 0)
+        if low < 0 or high >= count:
+            raise IndexError(f"row {low if low < 0 else high} was looked up in a table of {count} rows")
         picked = replace(self.layout, shape=(flat.numel(), columns))
         zero_point = None if self.zero_point is None else self.zero_point[flat]
-        return dequantize(PackedTensor(picked, self.codes[flat], self.scale[flat], zero_point)).view(
-            *index.shape, columns
-        )
+        found = PackedTensor(picked, self.codes[flat], self.scale[flat], zero_point, self.codebook)
+        return dequantize(found).view(*index.shape, columns)
 
 
 def pack(quantized: Quantized, layout: Layout, into: PackedTensor | None = None) -> PackedTensor:
     """Put a method's result into the canonical layout.
 
     Args:
-        quantized: Codes, scale and zero point.
+        quantized: Codes, scale, zero point and codebook.
         layout: Shape, scheme, orientation.
         into: Where to write; allocated by default.
     """
@@ -116,6 +126,8 @@ def pack(quantized: Quantized, layout: Layout, into: PackedTensor | None = None)
     packed.scale.copy_(quantized.scale)
     if packed.zero_point is not None and quantized.zero_point is not None:
         packed.zero_point.copy_(quantized.zero_point)
+    if packed.codebook is not None and quantized.codebook is not None:
+        packed.codebook.copy_(quantized.codebook)
     return packed
 
 
@@ -127,11 +139,13 @@ def allocate(layout: Layout, dtype: torch.dtype, device: torch.device) -> Packed
     """
     bits, grid = layout.weights.num_bits, schemes.groups(layout.shape, layout.weights)
     shape, kind = (layout.shape, torch.int8) if bits == 8 else (words_shape(layout.shape, bits), torch.int32)
+    table = layout.scheme.codebook is not None
     return PackedTensor(
         layout,
         torch.empty(shape, dtype=kind, device=device),
         torch.empty(grid, dtype=dtype, device=device),
         None if layout.weights.symmetric else torch.empty(grid, dtype=torch.int8, device=device),
+        torch.empty(2**bits, dtype=torch.float32, device=device) if table else None,
     )
 
 
@@ -186,7 +200,9 @@ def from_words(words: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def dequantize(packed: PackedTensor) -> Tensor:
-    """Floating values in canonical orientation, `(codes - zero_point) * scale` in the scale's data type."""
+    """Floating values in canonical orientation, in the scale's data type."""
+    if packed.codebook is not None:
+        return _looked_up(packed, packed.codebook)
     columns = packed.layout.shape[-1]
     values = unpack_codes(packed.codes, packed.layout.weights.num_bits, columns).to(packed.scale.dtype)
     if packed.layout.weights.strategy != "group":
@@ -199,12 +215,24 @@ def dequantize(packed: PackedTensor) -> Tensor:
     return (grouped * packed.scale.unsqueeze(-1)).flatten(-2)
 
 
+def _looked_up(packed: PackedTensor, codebook: Tensor) -> Tensor:
+    """Values of codes that are positions in a codebook."""
+    bits, columns = packed.layout.weights.num_bits, packed.layout.shape[-1]
+    positions = unpack_codes(packed.codes, bits, columns).to(torch.int32) + (1 << (bits - 1))
+    values = codebook.to(torch.float32)[positions]
+    scale = packed.scale.to(torch.float32)
+    if packed.layout.weights.strategy == "group":
+        grouped = values.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
+        return grouped.flatten(-2).to(packed.scale.dtype)
+    return (values * scale).to(packed.scale.dtype)
+
+
 def words_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
     """The shape of packed words."""
     return (*shape[:-1], ceil(shape[-1] * bits / 32))
 
 
 def nbytes(packed: PackedTensor) -> int:
-    """Bytes of codes, scales and zero points."""
-    tensors = [packed.codes, packed.scale, *([] if packed.zero_point is None else [packed.zero_point])]
-    return sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors)
+    """Bytes of codes, scales, zero points and codebook."""
+    tensors = (packed.codes, packed.scale, packed.zero_point, packed.codebook)
+    return sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors if tensor is not None)

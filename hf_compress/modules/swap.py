@@ -1,14 +1,15 @@
 """Packing in place by class swap.
 
 The module keeps its class as a base, so `isinstance(module, nn.Linear)` holds and PEFT and user code keep working.
-The parameter becomes packed buffers (`weight_packed`, `weight_scale`, `weight_zero_point`), and a property of the
-parameter's name gives the dense values on demand. The reference forward is the original forward.
+The parameter becomes packed buffers (`weight_packed`, `weight_scale`, `weight_zero_point`, `weight_codebook`), and a
+property of the parameter's name gives the dense values on demand. The reference forward is the original forward.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,17 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
 
+from . import recurrent
+from .kernels.int_mm import int8_linear
 from .kernels.protocol import Kernel
-from .lazy import LazyWeight, refusal
+from .lazy import LazyWeight, dense, refusal
 from .packed import Layout, PackedTensor
+
+SUFFIXES = ("packed", "scale", "zero_point", "codebook")
+"""Of the buffers that a packed parameter becomes."""
 
 
 class PackedModule(nn.Module):
@@ -45,17 +53,91 @@ class PackedModule(nn.Module):
         if inputs is None:
             return super().forward(*args, **kwargs)
         value, *rest = args or (kwargs.pop(next(iter(kwargs))),)
-        if self.hfc_kernel is not None and runs_kernel(value):
+        if self.hfc_kernel is not None and value.ndim == 3 and runs_kernel(value):
             return self.hfc_kernel.run(self, value)
         return super().forward(_quantized_input(value, inputs, self), *rest, **kwargs)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        """Move or cast; weights shared with another module stay shared once both have been moved."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, (peer, other) in vars(self).get("hfc_shared", {}).items():
+            for suffix in SUFFIXES:
+                mine, theirs = self._buffers.get(f"{name}_{suffix}"), peer._buffers.get(f"{other}_{suffix}")
+                if mine is not None and theirs is not None and _alike(mine, theirs):
+                    self._buffers[f"{name}_{suffix}"] = theirs
+        return self
 
-def runs_kernel(value: Tensor) -> bool:
-    """Whether an input may take a kernel: float32, (batch, tokens, features), no gradient, not being compiled."""
-    differentiable = torch.is_grad_enabled() and value.requires_grad
-    return (
-        value.dtype == torch.float32 and value.ndim == 3 and not differentiable and not torch.compiler.is_compiling()
+
+class PackedRecurrent(PackedModule):
+    """Packed `nn.LSTM`, `nn.GRU` and `nn.RNN`, which read their weights from a list that they keep in step.
+
+    The list is made when it is read, of lazy weights; kept, it would hold the dense ones.
+    """
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor | None]) -> None:
+        """Copies of a module come with a list; there is nothing to keep."""
+
+    def _init_flat_weights(self) -> None:
+        """Nothing to keep in step."""
+
+    def _update_flat_weights(self) -> None:
+        """Nothing to keep in step."""
+
+    def flatten_parameters(self) -> None:
+        """Packed weights are not laid out for cuDNN."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """The original forward on dequantized weights, or the same step by step where inputs are quantized."""
+        if not any(layout.scheme.input_activations for layout in self.hfc_layouts.values()):
+            return super().forward(input, hx)
+        data = input.data if isinstance(input, PackedSequence) else input
+        states = hx if isinstance(hx, tuple) else (hx,)
+        integers = self.hfc_kernel is not None and runs_kernel(data, *(one for one in states if one is not None))
+        return run_recurrent(self, input, hx, integers)
+
+
+def run_recurrent(module: Any, value: Tensor | PackedSequence, hx: Any, integers: bool) -> tuple[Any, Any]:
+    """The forward of a packed `nn.LSTM` or `nn.GRU` with quantized inputs.
+
+    Args:
+        module: The layer.
+        value: Its input.
+        hx: Its initial states, or None.
+        integers: Whether products run in integers; else inputs and weights are quantized and dequantized.
+    """
+    return recurrent.run(module, value, hx, partial(_product, module, integers))
+
+
+def _product(module: PackedModule, integers: bool, name: str, bias: str | None) -> recurrent.Product:
+    """The product with one weight of a recurrent layer. Weights are dequantized once per forward, not per step."""
+    offset = None if bias is None else module.get_parameter(bias)
+    layout = module.hfc_layouts.get(name)
+    inputs = None if layout is None else layout.scheme.input_activations
+    if inputs is not None and integers:
+        packed = packed_tensor(module, name)
+        scale = packed.scale.view(-1)
+        return lambda tokens: int8_linear(tokens, packed.codes, scale, offset)
+    weight = dense(getattr(module, name))
+    if inputs is None:
+        return lambda tokens: functional.linear(tokens, weight, offset)
+    # Two dimensions would get one scale for all of them.
+    return lambda tokens: functional.linear(
+        _quantized_input(tokens.unsqueeze(0), inputs, module).squeeze(0), weight, offset
     )
+
+
+def runs_kernel(*values: Tensor) -> bool:
+    """Whether inputs may take a kernel: float32, no gradient, not being compiled."""
+    differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in values)
+    single = all(value.dtype == torch.float32 for value in values)
+    return single and not differentiable and not torch.compiler.is_compiling()
 
 
 def _quantized_input(value: Tensor, args: QuantizationArgs, module: nn.Module) -> Tensor:
@@ -82,23 +164,48 @@ def pack_module(module: nn.Module, name: str, packed: PackedTensor) -> None:
     del module._parameters[name]
     module.__class__ = _packed_class(base, tuple(layouts))  # type: ignore[arg-type] # nn.Module is hashable
     vars(module).update(hfc_layouts=layouts, hfc_kernel=None, _is_hf_initialized=True)
-    module.register_buffer(f"{name}_packed", packed.codes)
-    module.register_buffer(f"{name}_scale", packed.scale)
-    if packed.zero_point is not None:
-        module.register_buffer(f"{name}_zero_point", packed.zero_point)
+    if isinstance(module, PackedRecurrent):  # else its lists would keep the dense weights alive
+        vars(module).pop("_flat_weights", None)
+        vars(module)["_flat_weight_refs"] = []
+    parts = (packed.codes, packed.scale, packed.zero_point, packed.codebook)
+    for suffix, value in zip(SUFFIXES, parts, strict=True):
+        if value is not None:
+            module.register_buffer(f"{name}_{suffix}", value)
+
+
+def share_packed(source: nn.Module, name: str, module: nn.Module, parameter: str) -> None:
+    """Pack a parameter that is tied to a packed one: both modules then hold the same buffers.
+
+    Args:
+        source: The module that is packed already.
+        name: Its parameter.
+        module: The other module.
+        parameter: Its parameter, of the same shape.
+    """
+    pack_module(module, parameter, packed_tensor(source, name))
+    for one, own, peer, other in ((source, name, module, parameter), (module, parameter, source, name)):
+        shared = {**vars(one).get("hfc_shared", {}), own: (peer, other)}
+        vars(one)["hfc_shared"] = shared
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    """Whether two buffers could be one."""
+    return (left.shape, left.dtype, left.device) == (right.shape, right.dtype, right.device)
 
 
 def unpack_module(module: PackedModule) -> None:
     """Turn a packed module back into its original class, with the dequantized values as parameters."""
     for name in module.hfc_layouts:
         value = packed_tensor(module, name).dense().contiguous()
-        for suffix in ("packed", "scale", "zero_point"):
+        for suffix in SUFFIXES:
             module._buffers.pop(f"{name}_{suffix}", None)
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
     base = _original(type(module))
-    for name in ("hfc_layouts", "hfc_kernel"):
-        del vars(module)[name]
+    for name in ("hfc_layouts", "hfc_kernel", "hfc_shared"):
+        vars(module).pop(name, None)
     object.__setattr__(module, "__class__", base)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def packed_tensor(module: nn.Module, name: str) -> PackedTensor:
@@ -107,7 +214,8 @@ def packed_tensor(module: nn.Module, name: str) -> PackedTensor:
     codes, scale = buffers[f"{name}_packed"], buffers[f"{name}_scale"]
     if not isinstance(module, PackedModule) or codes is None or scale is None:
         raise TypeError(f"{type(module).__name__}.{name} is not packed")
-    return PackedTensor(module.hfc_layouts[name], codes, scale, buffers.get(f"{name}_zero_point"))
+    zero_point, codebook = (buffers.get(f"{name}_{suffix}") for suffix in SUFFIXES[2:])
+    return PackedTensor(module.hfc_layouts[name], codes, scale, zero_point, codebook)
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
@@ -119,7 +227,8 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
 def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of `base` whose attributes `names` are packed."""
     properties = {name: property(_reader(name)) for name in names}
-    return type(base.__name__, (PackedModule, base), {**properties, "hfc_base": base, "__module__": base.__module__})
+    kind = PackedRecurrent if issubclass(base, nn.RNNBase) else PackedModule
+    return type(base.__name__, (kind, base), {**properties, "hfc_base": base, "__module__": base.__module__})
 
 
 def _original(kind: type[nn.Module]) -> type[nn.Module]:

@@ -13,7 +13,7 @@ from ..core.errors import IncompleteLoadError, WeightValueError
 from ..core.plan import Plan, PlanRow
 from ..core.registry import METHODS
 from ..formats.base import layout_of
-from ..modules.packed import PackedTensor, allocate, dequantize, pack
+from ..modules.packed import Layout, PackedTensor, allocate, dequantize, pack
 
 Progress = Callable[[int, int], None]
 """Called with the number of weights done and the number planned."""
@@ -33,7 +33,7 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
         The packed weight, and its signal-to-quantization-noise ratio in dB (None when exact).
 
     Raises:
-        WeightValueError: It holds NaN or infinite values, or nothing.
+        WeightValueError: It holds NaN or infinite values, or nothing, or values that the method can't quantize.
         IncompleteLoadError: It has another shape than the model's parameter.
     """
     layout = layout_of(row)
@@ -42,20 +42,31 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
             f"{row.name} has shape {tuple(parameter.shape)} in the checkpoint, {layout.parameter_shape} in the model.",
             "check that the config belongs to the weights",
         )
-    weight = parameter.detach().transpose(-1, -2).contiguous() if row.transposed else parameter.detach()
+    weight = _canonical(parameter.detach(), layout)
     check_values(row.name, weight)
     run = METHODS.get(method).quantize
     if run is None:
         raise ValueError(f"the method {method!r} packs nothing")
     packed = allocate(layout, weight.dtype, weight.device)
-    quantized = run(weight, layout.weights)
+    try:
+        quantized = run(weight, layout.scheme)
+    except WeightValueError as error:
+        raise WeightValueError(f"{row.name}: {error.message}", f'{error.fix}, or skip=["{row.name}"]') from None
     if not bool(torch.isfinite(quantized.scale).all()):
         raise WeightValueError(
             f"The range of {row.name} is too wide for {quantized.scale.dtype}: a scale overflows.",
             f'repair the checkpoint, or skip=["{row.name}"] to keep the weight as it is',
         )
-    unpacked = PackedTensor(layout, quantized.codes, quantized.scale, quantized.zero_point)
+    flat = replace(layout, kernel=())
+    unpacked = PackedTensor(flat, quantized.codes, quantized.scale, quantized.zero_point, quantized.codebook)
     return pack(quantized, layout, packed), sqnr_db(weight, unpacked)
+
+
+def _canonical(parameter: Tensor, layout: Layout) -> Tensor:
+    """A parameter as rows × columns, experts first."""
+    if layout.kernel:
+        return parameter.reshape(layout.shape)
+    return parameter.transpose(-1, -2).contiguous() if layout.transposed else parameter
 
 
 def check_values(name: str, weight: Tensor) -> None:
@@ -103,7 +114,8 @@ def _blocks(weight: Tensor, packed: PackedTensor) -> list[tuple[Tensor, PackedTe
         parts = packed.codes.split(step)
         shapes = (replace(packed.layout, shape=(len(part), *packed.layout.shape[1:])) for part in parts)
         made = [
-            PackedTensor(layout, part, packed.scale, zero_point) for layout, part in zip(shapes, parts, strict=True)
+            PackedTensor(layout, part, packed.scale, zero_point, packed.codebook)
+            for layout, part in zip(shapes, parts, strict=True)
         ]
     else:
         made = [packed.part(slice(start, start + step)) for start in range(0, len(packed.codes), step)]

@@ -7,13 +7,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ..checkpoint.foreign import measured_plan, running_kernels
 from ..checkpoint.handover import current_plan
 from ..checkpoint.proof import current_record
 from ..checkpoint.record import Proof
 from ..core.errors import UnsupportedModelError
 from ..core.plan import Plan
 from ..evaluation.size import disk_bytes, resident_bytes
-from ..modules.kernels.choose import kernel_counts
 
 
 class Inspection(BaseModel):
@@ -21,7 +21,7 @@ class Inspection(BaseModel):
 
     Attributes:
         source: Where it came from.
-        plan: The plan that was carried out, or None when this package did not compress it.
+        plan: The plan that was carried out; of a model that this package did not compress, what its weights are.
         coverage: Fraction of the weights in scope that are compressed; None without a plan.
         by_scheme: Weights and values per scheme label.
         disk_bytes: Bytes of all files of a checkpoint.
@@ -80,14 +80,13 @@ def inspect(model_or_path: nn.Module | str | Path) -> Inspection:
 
 def _inspect_model(model: nn.Module) -> Inspection:
     """What a model in memory is."""
-    plan = current_plan(model)
-    notes = () if plan is not None else ("not compressed by hf_compress",)
+    plan = current_plan(model) or measured_plan(model)
     return Inspection(
         source=type(model).__name__,
         plan=plan,
         coverage=None if plan is None else plan.coverage,
         by_scheme={} if plan is None else plan.by_scheme(),
         resident_bytes=resident_bytes(model),
-        kernels=kernel_counts(model),
-        notes=notes if plan is None else plan.notes,
+        kernels=running_kernels(model, plan),
+        notes=("packed by hf_compress, without its plan",) if plan is None else plan.notes,
     )

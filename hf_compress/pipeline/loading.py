@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.handover import hand_over
 from ..checkpoint.load import ReadRequest
-from ..checkpoint.session import LoadSession
+from ..checkpoint.session import LoadSession, release_ties
 from ..core.config import QuantConfig
 from ..core.errors import WeightValueError
 from ..core.plan import DTYPES, Plan, PlanRow
@@ -32,6 +32,7 @@ def start(model: PreTrainedModel, request: QuantConfig | ReadRequest) -> LoadSes
         return request.session(model)
     plan = plan_model(model, request)
     announce(plan)
+    release_ties(model, plan)
 
     def quantize(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
         return pack_weight(row, value, plan.method)

@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from ..checkpoint.handover import hand_over, plan_of
+from ..checkpoint.session import release_ties
 from ..core.errors import UnsupportedModelError
 from ..core.plan import Plan, PlanRow, row_of
+from ..core.scheme import Scheme
 from ..core.weights import Role, Weight, WeightKind, list_weights, small_parameters
 from ..formats.base import format_of
 from ..modules.kernels.choose import choose_kernels
-from ..modules.swap import pack_module
+from ..modules.swap import pack_module, share_packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,7 +60,7 @@ def _pack_stock(model: nn.Module) -> None:
         )
     modules = {path: module for path, module in model.named_modules() if _scheme(module) is not None}
     default = quantizer.quantization_config.quantization_config.format
-    rows = [_row(path, module, default) for path, module in modules.items()]
+    rows = _with_ties(model, [_row(path, module, default) for path, module in modules.items()])
     if not rows:
         raise UnsupportedModelError(
             f"No layer of {type(model).__name__} is compressed in memory: stock dequantized it while loading.",
@@ -75,7 +77,8 @@ def _pack_stock(model: nn.Module) -> None:
         notes=("read from a stock compressed-tensors model",),
     )
     for row in rows:
-        _pack(model.get_submodule(row.module), row, plan)
+        _pack(model, row, plan)
+    release_ties(model, plan)
     quantizer.compressor.remove_decompression_hook(model)
     hand_over(model, plan)
 
@@ -108,7 +111,8 @@ def _row(path: str, module: nn.Module, default: str) -> PlanRow:
         transposed=False,
         dtype=module.get_parameter("weight_scale").dtype,
     )
-    stored = scheme.model_copy(update={"format": CompressionFormat(scheme.format or default).value})
+    storage = CompressionFormat(scheme.format or default).value
+    stored = Scheme.model_validate({**scheme.model_dump(), "format": storage})
     return row_of(weight, stored, "compressed by its checkpoint", in_scope=True)
 
 
@@ -119,16 +123,42 @@ def _weight_shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
     return module.num_embeddings, module.embedding_dim
 
 
-def _pack(module: nn.Module, row: PlanRow, plan: Plan) -> None:
+def _with_ties(model: PreTrainedModel, rows: list[PlanRow]) -> list[PlanRow]:
+    """Rows that know which of them are tied; those after the first hold no values of their own.
+
+    Raises:
+        UnsupportedModelError: The scales of two tied weights differ.
+    """
+    names = {row.key: row.name for row in rows}
+    made = []
+    for row in rows:
+        source = names.get(model.all_tied_weights_keys.get(row.key, ""))
+        if source is not None:
+            mine, theirs = (model.get_submodule(name).get_parameter("weight_scale") for name in (row.name, source))
+            if not torch.equal(mine, theirs):
+                raise UnsupportedModelError(
+                    f"{row.name} is tied to {source}, but has other scales.", "leave the model as it is"
+                )
+        made.append(row if source is None else row.model_copy(update={"tied_to": source, "parameters": 0}))
+    return sorted(made, key=lambda row: row.tied_to is not None)
+
+
+def _pack(model: nn.Module, row: PlanRow, plan: Plan) -> None:
     """Swap one stock module for its packed form."""
-    tensors = {f"{row.name}.{name}": value for name, value in _compressed(module, row).items()}
-    packed = format_of(plan).decode(row, tensors)
+    module = model.get_submodule(row.module)
+    packed = None
+    if row.tied_to is None:
+        tensors = {f"{row.name}.{name}": value for name, value in _compressed(module, row).items()}
+        packed = format_of(plan).decode(row, tensors)
     for name in [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight")]:
         del module._parameters[name]
     module._parameters["weight"] = None
     for name in ("forward", "quantization_scheme", "quantization_status", "quantization_enabled"):
         vars(module).pop(name, None)
-    pack_module(module, "weight", packed)
+    if packed is None:
+        share_packed(model.get_submodule(str(row.tied_to)), "weight", module, "weight")
+    else:
+        pack_module(module, "weight", packed)
 
 
 def _compressed(module: nn.Module, row: PlanRow) -> dict[str, Tensor]:

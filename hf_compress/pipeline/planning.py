@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
 
 from ..checkpoint.handover import plan_of
 from ..checkpoint.inputs import input_ranks
 from ..checkpoint.stock import architecture_of
+from ..core.build import build_plan
 from ..core.config import QuantConfig
 from ..core.errors import (
     AlreadyQuantizedError,
@@ -22,31 +24,58 @@ from ..core.errors import (
     UnsupportedModelError,
     first_line,
 )
-from ..core.plan import DTYPES, Plan, build_plan, choose_format
+from ..core.fit import fit
+from ..core.plan import DTYPES, Plan
+from .backends import backend_of, check_minimum, plan_stock, refuse_live
+
+Request: TypeAlias = QuantConfig | BitsAndBytesConfig | TorchAoConfig
+"""A configuration of ours, or one of transformers' that is carried out by another library."""
 
 
-def plan(model_or_id: nn.Module | str | Path, config: QuantConfig) -> Plan:
+def plan(model_or_id: nn.Module | str | Path, config: Request, min_coverage: float | None = None) -> Plan:
     """What would happen to every weight; reads no weights for an id or directory.
 
     Args:
         model_or_id: A live model, a Hub id or a directory.
-        config: The request.
+        config: The request; one of another library needs an id or directory.
+        min_coverage: Only with another library's configuration, which has no such field: smallest fraction of the
+            values in scope that must be quantized, 0 to 1; 0.9 by default.
 
     Raises:
         HFCompressError: The plan is refused; the code says why.
         ModelNotFoundError: There is no such model.
     """
-    check_config(config)
-    model = model_or_id if isinstance(model_or_id, nn.Module) else meta_model(model_or_id)
-    return plan_model(model, config)
+    return plan_request(model_or_id, config, min_coverage)[0]
 
 
-def check_config(config: object) -> None:
+def plan_request(
+    model_or_id: nn.Module | str | Path, config: Request, min_coverage: float | None = None
+) -> tuple[Plan, nn.Module]:
+    """The plan of any request, and the model that it was made with: the live one, or a skeleton on meta."""
+    backend = backend_of(config)
+    if backend is None or isinstance(config, QuantConfig):
+        check_config(config, min_coverage)
+        model = model_or_id if isinstance(model_or_id, nn.Module) else meta_model(model_or_id)
+        return plan_model(model, config), model
+    if isinstance(model_or_id, nn.Module):
+        refuse_live(model_or_id, config)
+    minimum = check_minimum(min_coverage)
+    model = meta_model(model_or_id)
+    return plan_stock(meta_model(model_or_id), config, backend, minimum), model
+
+
+def check_config(config: object, min_coverage: float | None = None) -> None:
     """Refuse what is not a configuration of ours.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: It is something else, or `min_coverage` is given beside it.
     """
+    if isinstance(config, QuantConfig) and min_coverage is not None:
+        name = type(config).__name__
+        raise ConfigError(
+            f"min_coverage is a field of {name}; the argument is for configurations of other libraries.",
+            f"{name}(min_coverage={min_coverage!r})",
+        )
     if not isinstance(config, QuantConfig):
         raise ConfigError(
             f"Expected an hf_compress configuration, got {type(config).__name__}.",
@@ -69,10 +98,25 @@ def plan_model(model: nn.Module, config: QuantConfig) -> Plan:
 def _planned(model: nn.Module, config: QuantConfig) -> Plan:
     """The plan; building models on meta may draw from the global random state."""
     drafted = build_plan(model, config, _ranks(model, config))
+    if drafted.format in ("gptq", "gptq_v2"):
+        return drafted.model_copy(update={"notes": (*drafted.notes, *_gptq_notes(model, drafted))})
     if drafted.format != "compressed-tensors" or not _breaks_stock_init(model, drafted):
         return drafted
     redrafted = drafted.model_copy(update={"stock_dequantize": True})
-    return redrafted.model_copy(update={"format": choose_format(redrafted, config.fields.format)})
+    return fit(redrafted, config.fields.format, config.fields.min_coverage)
+
+
+def _gptq_notes(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """Why stock transformers will refuse this model as a GPTQ checkpoint, whatever wrote it."""
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    reasons = []
+    if type(model).main_input_name != "input_ids":
+        reasons.append(f"it takes GPTQ models of text only, not of {type(model).main_input_name}")
+    if _breaks_stock_init(model, plan):
+        reasons.append("this architecture's initialisation reads weights that packed layers don't have")
+    what = f"stock transformers can't load {type(model).__name__} from GPTQ"
+    return tuple(f"{what}: {reason}; hf_compress.load can" for reason in reasons)
 
 
 def _breaks_stock_init(model: nn.Module, plan: Plan) -> bool:

@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..checkpoint.proof import HEADROOM
-from ..core.config import QuantConfig
 from ..core.plan import Plan
-from .planning import meta_model, plan_model
+from .planning import Request, plan_request
 
 WORKING_COPIES = 3
 """Copies of the largest weight that quantizing needs for a moment: the weight, its rounding, its codes."""
@@ -41,33 +40,34 @@ class Preflight(BaseModel):
     notes: tuple[str, ...]
 
 
-def preflight(model_or_id: nn.Module | str | Path, config: QuantConfig) -> Preflight:
+def preflight(model_or_id: nn.Module | str | Path, config: Request, min_coverage: float | None = None) -> Preflight:
     """Plan a request and say what it would cost; reads no weights for an id or directory.
 
     Args:
         model_or_id: A live model, a Hub id or a directory.
-        config: The request.
+        config: The request; one of another library needs an id or directory.
+        min_coverage: Only with another library's configuration, see `hf_compress.plan`.
 
     Raises:
         HFCompressError: The plan is refused; the code says why.
     """
     live = isinstance(model_or_id, nn.Module)
-    model = model_or_id if isinstance(model_or_id, nn.Module) else meta_model(model_or_id)
-    plan = plan_model(model, config)
+    plan, model = plan_request(model_or_id, config, min_coverage)
+    changed = [row for row in plan.rows if row.quantization is not None or row.backend is not None]
     rest = sum(value.numel() * value.element_size() for value in model.parameters()) - sum(
         row.dense_bytes for row in plan.rows
     )
     before = sum(row.dense_bytes for row in plan.rows) + rest
-    packed = sum(row.planned_bytes for row in plan.quantized)
-    largest = max((row.dense_bytes for row in plan.quantized), default=0)
-    after = sum(row.planned_bytes for row in plan.rows) + (rest if plan.quantized else _cast_rest(plan, rest))
-    peak = packed + WORKING_COPIES * largest if plan.quantized else after
+    packed = sum(row.planned_bytes for row in changed)
+    largest = max((row.dense_bytes for row in changed), default=0)
+    after = sum(row.planned_bytes for row in plan.rows) + (rest if changed else _cast_rest(plan, rest))
+    peak = packed + WORKING_COPIES * largest if changed else after
     return Preflight(
         plan=plan,
         bytes_before=before,
         bytes_after=after,
         peak_bytes=peak,
-        proof_bytes=int(before * HEADROOM),
+        proof_bytes=int((after if plan.backend else before) * HEADROOM),
         free_bytes=psutil.virtual_memory().available,
         notes=(*plan.notes, *_notes(plan, peak, before, live)),
     )
@@ -87,7 +87,7 @@ def _notes(plan: Plan, peak: int, before: int, live: bool) -> list[str]:
     )
     if peak > free:
         notes.append(f"needs about {peak / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
-    if before * HEADROOM > free:
+    if before * HEADROOM > free and not plan.backend:
         notes.append("the dense model does not fit into memory: the proof will be truncated")
     if plan.format == "guarded":
         notes.append("no stock format holds this plan: only hf_compress.load will read the checkpoint")

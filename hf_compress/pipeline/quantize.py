@@ -8,44 +8,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from ..checkpoint.stock import LOADER_ERRORS, load_complete
+from ..checkpoint.session import place, release_ties
+from ..checkpoint.stock import load_source
 from ..core.config import Calibration, QuantConfig
-from ..core.errors import (
-    CalibrationError,
-    ConfigError,
-    CorruptCheckpointError,
-    HFCompressError,
-    ModelNotFoundError,
-    UnsupportedModelError,
-    first_line,
-)
+from ..core.errors import CalibrationError, ConfigError, UnsupportedModelError
 from ..core.plan import Plan
 from ..core.weights import kept_in_float32
-from ..modules.swap import pack_module
 from .apply import pack_weight, with_results
+from .backends import backend_of, quantize_stock
 from .loading import announce, check_range, complete
-from .planning import check_config, model_class, model_config, plan_model
+from .planning import Request, check_config, model_class, model_config, plan_model, plan_request
 
 Progress = Callable[[int, int], None]
 
 
 def quantize(
     model_or_id: nn.Module | str | Path,
-    config: QuantConfig,
+    config: Request,
     calibration: Any = None,
     progress: Progress | None = None,
+    min_coverage: float | None = None,
 ) -> Any:
     """Quantize a model.
 
     Args:
         model_or_id: A live model, changed in place and returned; or a Hub id or directory, which is loaded
             weight by weight so that the dense model is never in memory.
-        config: The request, such as `RTNQuantConfig(bits=4)`.
+        config: The request, such as `RTNQuantConfig(bits=4)`; or transformers' `BitsAndBytesConfig` or
+            `TorchAoConfig`, carried out by these libraries, for an id or directory.
         calibration: Calibration data for methods that need it; not together with `config.calibration`.
-        progress: Called with the number of weights done and the number planned.
+        progress: Called with the number of weights done and the number planned; another library only says when all
+            are done.
+        min_coverage: Only with another library's configuration, which has no such field: smallest fraction of the
+            values in scope that must be quantized, 0 to 1; 0.9 by default.
 
     Returns:
         The model, with packed weights and transformers' native quantizer.
@@ -53,32 +51,38 @@ def quantize(
     Raises:
         HFCompressError: Nothing was changed; the code says why.
     """
-    check_config(config)
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress is a {type(progress).__name__}.", "pass a function of done and total")
+    if not isinstance(config, QuantConfig) and backend_of(config) is not None:
+        return _quantize_by_library(model_or_id, config, calibration, progress, min_coverage)
+    check_config(config, min_coverage)
     _check_calibration(config, calibration)
     if isinstance(model_or_id, nn.Module):
         return _quantize_live(model_or_id, config, progress)
     architecture = model_class(model_config(model_or_id), model_or_id)
     request = copy(config)
     request.progress = progress
-    try:
-        return load_complete(architecture, model_or_id, quantization_config=request)
-    except HFCompressError:
-        raise
-    except SafetensorError as error:
-        raise CorruptCheckpointError(
-            f"The weights of {str(model_or_id)!r} are damaged: {first_line(error)}.", "download or save them again"
-        ) from error
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"No weights at {str(model_or_id)!r}: {first_line(error)}", "check that the model is complete"
-        ) from error
-    except LOADER_ERRORS as error:
-        raise UnsupportedModelError(
-            f"transformers can't load {str(model_or_id)!r} as {architecture.__name__}: {first_line(error)}",
-            "check that the config belongs to the weights",
-        ) from error
+    return load_source(architecture, model_or_id, quantization_config=request)
+
+
+def _quantize_by_library(
+    model_or_id: nn.Module | str | Path,
+    config: BitsAndBytesConfig | TorchAoConfig,
+    calibration: object,
+    progress: Progress | None,
+    min_coverage: float | None,
+) -> Any:
+    """Quantize with another library, under the same contract: planned first, measured afterwards."""
+    if calibration is not None:
+        raise CalibrationError(f"A {type(config).__name__} needs no calibration data.", "leave `calibration` out")
+    made, _ = plan_request(model_or_id, config, min_coverage)
+    announce(made)
+    source = str(model_or_id)
+    model = quantize_stock(source, made, config, model_class(model_config(source), source))
+    if progress is not None:
+        covered = sum(row.covered for row in made.rows)
+        progress(covered, covered)
+    return model
 
 
 def _check_calibration(config: QuantConfig, calibration: Any) -> None:
@@ -108,13 +112,16 @@ def _quantize_live(model: nn.Module, config: QuantConfig, progress: Progress | N
     if config.load_dtype is not None:
         return _cast_live(model, made, config.load_dtype)
     packed, noise = {}, {}
-    for row in made.quantized:
+    own = [row for row in made.quantized if row.tied_to is None]
+    for row in own:
         parameter = model.get_submodule(row.module).get_parameter(row.parameter)
         packed[row.name], noise[row.name] = pack_weight(row, parameter, made.method)
         if progress is not None:
-            progress(len(packed), len(made.quantized))
-    for row in made.quantized:
-        pack_module(model.get_submodule(row.module), row.parameter, packed[row.name])
+            progress(len(packed), len(own))
+    for row in own:
+        place(model, made, row, packed[row.name])
+    noise |= {row.name: noise[str(row.tied_to)] for row in made.quantized if row.tied_to is not None}
+    release_ties(model, made)
     complete(model, with_results(made, noise))
     return model
 

@@ -59,6 +59,7 @@ _SEQ2SEQ = {
 FAMILIES: dict[str, Built] = {
     "bert": ("BertModel", "BertConfig", _ENCODER),
     "bert-classifier": ("BertForSequenceClassification", "BertConfig", {**_ENCODER, "num_labels": 3}),
+    "bert-mlm": ("BertForMaskedLM", "BertConfig", _ENCODER),
     "distilbert": (
         "DistilBertForSequenceClassification",
         "DistilBertConfig",
@@ -157,9 +158,188 @@ FAMILIES: dict[str, Built] = {
 }
 
 
+_VISION = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_TOWER_TEXT = {**_ENCODER, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_dim": 32}
+_TOWERS = {"vision_config": {**_VISION, "projection_dim": 32}, "projection_dim": 32}
+
+MORE: dict[str, Built] = {
+    "albert": ("AlbertForMaskedLM", "AlbertConfig", {**_ENCODER, "embedding_size": 32, "num_hidden_groups": 1}),
+    "roberta": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**_ENCODER, "max_position_embeddings": 66, "num_labels": 3},
+    ),
+    "deberta": (
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        {
+            **_ENCODER,
+            "num_labels": 3,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+        },
+    ),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        {
+            **_ENCODER,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "local_attention": 8,
+            "global_attn_every_n_layers": 2,
+        },
+    ),
+    "layoutlm": (
+        "LayoutLMForTokenClassification",
+        "LayoutLMConfig",
+        {**_ENCODER, "num_labels": 3, "max_2d_position_embeddings": 64},
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "ffn_dim": 128,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": HIDDEN,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**_DECODER, "head_dim": 16}),
+    "phi": ("PhiForCausalLM", "PhiConfig", _DECODER),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", {**_VISION, "num_labels": 10}),
+    "clip": ("CLIPModel", "CLIPConfig", {"text_config": _TOWER_TEXT, **_TOWERS}),
+    "blip": (
+        "BlipModel",
+        "BlipConfig",
+        {
+            "text_config": {**_TOWER_TEXT, "encoder_hidden_size": HIDDEN, "sep_token_id": 2},
+            **_TOWERS,
+            "image_text_hidden_size": 32,
+        },
+    ),
+    "smolvlm": (
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMConfig",
+        {
+            "text_config": {**_DECODER, "model_type": "llama"},
+            "vision_config": _VISION,
+            "image_token_id": 100,
+            "scale_factor": 2,
+            "pad_token_id": 0,
+        },
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {**_DECODER, "model_type": "llama"},
+            "vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32},
+            "image_token_index": 100,
+            "image_seq_length": 16,
+        },
+    ),
+    "yolos": (
+        "YolosForObjectDetection",
+        "YolosConfig",
+        {**_VISION, "image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 5, "num_labels": 3},
+    ),
+    "detr": (
+        "DetrForObjectDetection",
+        "DetrConfig",
+        {
+            "d_model": HIDDEN,
+            "encoder_layers": LAYERS,
+            "decoder_layers": LAYERS,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "num_queries": 6,
+            "num_labels": 3,
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone_config": {
+                "model_type": "resnet",
+                "embedding_size": 16,
+                "hidden_sizes": [16, 32, 32, 32],
+                "depths": [1, 1, 1, 1],
+                "layer_type": "basic",
+                "out_features": ["stage4"],
+            },
+        },
+    ),
+    "efficientnet": (
+        "EfficientNetForImageClassification",
+        "EfficientNetConfig",
+        {
+            "image_size": 32,
+            "width_coefficient": 0.25,
+            "depth_coefficient": 0.2,
+            "hidden_dim": 320,
+            "num_labels": 4,
+            "depth_divisor": 8,
+        },
+    ),
+    "mobilenet": (
+        "MobileNetV2ForImageClassification",
+        "MobileNetV2Config",
+        {"image_size": 32, "depth_multiplier": 0.25, "num_labels": 4},
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        {
+            **_ENCODER,
+            "conv_dim": [32, 32],
+            "conv_kernel": [8, 3],
+            "conv_stride": [4, 2],
+            "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+        },
+    ),
+    "encodec": (
+        "EncodecModel",
+        "EncodecConfig",
+        {
+            "num_filters": 8,
+            "hidden_size": 16,
+            "codebook_dim": 16,
+            "codebook_size": 16,
+            "upsampling_ratios": [2, 2],
+            "num_lstm_layers": 2,
+            "target_bandwidths": [24.0],
+            "sampling_rate": 600,
+        },
+    ),
+}
+"""Built by few tests; `FAMILIES` go through all of them."""
+
+
 def tiny_config(name: str, **overrides: Any) -> transformers.PreTrainedConfig:
     """The config of a family, with the class of the model in it."""
-    architecture, config, values = FAMILIES[name]
+    architecture, config, values = {**FAMILIES, **MORE}[name]
     made: transformers.PreTrainedConfig = getattr(transformers, config)(**{**values, **overrides})
     made.architectures = [architecture]
     return made
@@ -169,13 +349,13 @@ def tiny(name: str, **overrides: Any) -> PreTrainedModel:
     """A model of a family with reproducible random weights, in eval mode; leaves the global RNG alone.
 
     Args:
-        name: A key of `FAMILIES`.
+        name: A key of `FAMILIES` or `MORE`.
         **overrides: Config values; `dtype` is the data type of the weights.
     """
     dtype = overrides.pop("dtype", torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model: PreTrainedModel = getattr(transformers, FAMILIES[name][0])(tiny_config(name, **overrides))
+        model: PreTrainedModel = getattr(transformers, {**FAMILIES, **MORE}[name][0])(tiny_config(name, **overrides))
         for parameter in model.parameters():
             if parameter.ndim < 2:  # biases and norms: not all zeros and ones, as trained ones aren't
                 parameter.data.add_(0.05 * torch.randn_like(parameter))

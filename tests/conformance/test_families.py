@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import hf_compress as hfc
+from hf_compress.checkpoint.inputs import example_inputs
+from hf_compress.checkpoint.proof_worker import run_inputs
 from hf_compress.checkpoint.worker import CleanWorker
-from tests._utils.tiny import tiny_dir, tiny_inputs
+from hf_compress.core.errors import CoverageError
+from hf_compress.modules.kernels.choose import reference_kernels
+from tests._utils.tiny import tiny, tiny_dir, tiny_inputs
 from tests.conformance.helpers import (
     plan_of,
     quantized,
@@ -181,3 +187,107 @@ def test_half_precision_model(family: str, dtype: torch.dtype, worker: CleanWork
         found = stock_logits(worker, out, model, inputs)
         assert found.dtype == dtype
         assert relative(found, reference_logits(model, inputs)) <= LIMITS[scheme]
+
+
+@dataclass(frozen=True)
+class Other:
+    """What 4-bit weights, and INT8 with dynamic inputs, come to in a further family.
+
+    Attributes:
+        int4: Weights per scheme with 4 bits per channel.
+        int8: The same with `Int8DynamicQuantConfig`.
+        format: Checkpoint format of both.
+        options: Further fields of the configuration.
+    """
+
+    int4: dict[str, int]
+    int8: dict[str, int]
+    format: str = "compressed-tensors"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def encoder(linears: int, weight_only: int, kept: int) -> Other:
+    """Linear layers, of which some get other than 3-D inputs, and what stays."""
+    int8 = {"int8-channel": weight_only, "kept": kept, "w8a8-dynamic-token": linears - weight_only}
+    return Other({"int4-channel": linears, "kept": kept}, {name: count for name, count in int8.items() if count})
+
+
+OTHERS = {
+    "albert": encoder(8, 0, 4),  # one layer, run twice
+    "deberta": encoder(13, 1, 4),
+    "modernbert": encoder(9, 0, 2),
+    "opt": encoder(12, 4, 3),
+    "layoutlm": encoder(13, 1, 8),
+    "clip": encoder(26, 2, 4),
+    "smolvlm": encoder(27, 13, 4),
+    "yolos": Other(
+        {"int4-channel": 19, "kept": 4},
+        {"kept": 4, "w8a8-dynamic-tensor": 1, "w8a8-dynamic-token": 18},
+        "guarded",
+    ),
+    "mobilenet": Other(
+        {"int4-channel": 52, "kept": 1}, {"int8-channel": 17, "kept": 1, "w8a8-dynamic-tensor": 35}, "guarded"
+    ),
+    "encodec": Other(
+        {"int4-channel": 8, "kept": 40},
+        {"kept": 40, "w8a8-dynamic-token": 8},
+        "guarded",
+        {"min_coverage": 0.5},
+    ),
+}
+SLOW = {
+    "roberta": encoder(13, 1, 4),
+    "gemma": encoder(14, 0, 2),
+    "phi": encoder(12, 0, 2),
+    "qwen2": encoder(14, 0, 2),
+    "deit": encoder(12, 0, 5),
+    "blip": encoder(31, 11, 5),
+    "llava": encoder(28, 14, 4),
+    "detr": Other(
+        {"int4-channel": 49, "kept": 1},
+        {"kept": 1, "w8a8-dynamic-tensor": 13, "w8a8-dynamic-token": 36},
+        "guarded",
+    ),
+    "efficientnet": Other(
+        {"int4-channel": 36, "kept": 1}, {"int8-channel": 7, "kept": 1, "w8a8-dynamic-tensor": 29}, "guarded"
+    ),
+}
+"""The same architectures as those above, as far as this package is concerned."""
+
+
+def check_other(family: str, expected: Other, method: str, worker: CleanWorker, folder: Path) -> None:
+    """Quantize, save with proof, and reload to the same outputs."""
+    configs = {"int4": lambda **options: hfc.RTNQuantConfig(bits=4, group_size="channel", **options)}
+    config = configs.get(method, hfc.Int8DynamicQuantConfig)(**expected.options)
+    model = hfc.quantize(tiny(family), config)
+    assert schemes(model) == getattr(expected, method)
+    assert plan_of(model).format == expected.format
+    proof = hfc.save(model, folder / "out", worker=worker)
+    assert proof.level == "full"
+    assert proof.checks
+    loaded, inputs = hfc.load(folder / "out"), example_inputs(model)
+    with reference_kernels(model), reference_kernels(loaded):
+        expected_outputs, outputs = run_inputs(model, inputs), run_inputs(loaded, inputs)
+    assert outputs.keys() == expected_outputs.keys()
+    assert all(torch.equal(outputs[name], value) for name, value in expected_outputs.items())
+
+
+@pytest.mark.parametrize("method", ["int4", "int8"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family: str, method: str, worker: CleanWorker, tmp_path: Path) -> None:
+    check_other(family, OTHERS[family], method, worker, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int4", "int8"])
+@pytest.mark.parametrize("family", SLOW)
+def test_other_families_at_length(family: str, method: str, worker: CleanWorker, tmp_path: Path) -> None:
+    check_other(family, SLOW[family], method, worker, tmp_path)
+
+
+def test_parametrized_convolutions_are_named() -> None:
+    """Weight normalisation in wav2vec 2.0: told before anything is read, with what would accept it."""
+    with pytest.raises(CoverageError, match=r"original1 \(torch.nn.utils.parametrize computes") as caught:
+        hfc.plan(tiny("wav2vec2"), hfc.RTNQuantConfig(bits=4, group_size="channel"))
+    (minimum,) = re.findall(r"min_coverage=([\d.]+) accepts", caught.value.fix)
+    hfc.plan(tiny("wav2vec2"), hfc.RTNQuantConfig(bits=4, group_size="channel", min_coverage=float(minimum)))

@@ -101,11 +101,6 @@ def test_embeddings_int8(family: str, tables: int, method: str, worker: CleanWor
     assert all(tensors[f"{row.name}.weight"].dtype == torch.int8 for row in packed)
 
 
-def test_embeddings_int8_of_a_tied_model_are_refused() -> None:
-    with pytest.raises(hfc.HFCompressError, match="HFC404"):
-        hfc.plan(tiny("llama-tied"), hfc.RTNQuantConfig(bits=4, group_size=32, embeddings="int8"))
-
-
 def test_mixed_bits_by_rules(worker: CleanWorker, tmp_path: Path) -> None:
     config = hfc.RTNQuantConfig(
         bits=4,

@@ -21,6 +21,8 @@ FUNCTIONS = {
     # core/weights.py, checkpoint/load.py
     "transformers.conversion_mapping:get_model_conversion_mapping": ("model", "add_legacy"),
     "transformers.core_model_loading:apply_renamings": ("source_key", "weight_renamings"),
+    # core/weights.py, formats/bitsandbytes.py
+    "transformers.quantizers.quantizers_utils:should_convert_module": ("full_name", "patterns"),
     # integrations/transformers.py
     "transformers.quantizers:register_quantization_config": ("method",),
     "transformers.quantizers:register_quantizer": ("name",),
@@ -47,6 +49,12 @@ FUNCTIONS = {
         "config",
         "kwargs",
     ),
+    # pipeline/backends/
+    "transformers.quantizers.base:get_keys_to_not_convert": ("model",),
+    "transformers.quantizers:AutoHfQuantizer.from_config": ("quantization_config", "kwargs"),
+    "transformers.quantizers.base:HfQuantizer.preprocess_model": ("model", "kwargs"),
+    "transformers.quantizers.base:HfQuantizer.update_device_map": ("device_map",),
+    "transformers.integrations.torchao:TorchAoQuantize.convert": ("input_dict", "model", "full_layer_name"),
     # checkpoint/inputs.py
     "transformers.initialization:meta_device_safe_creation_ops": (),
     # modules/packed.py

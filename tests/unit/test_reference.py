@@ -20,9 +20,10 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    ResNetForImageClassification,
 )
 
-from examples.reference import ReferenceUnavailable
+from examples.reference import ReferenceUnavailable, digits, lstm
 from examples.reference.cache import build_once, folder_size
 from examples.reference.packages import PackageSpec, fetch, unpack
 from examples.reference.ratings import Row, near_duplicate_groups, rated_texts, split
@@ -33,7 +34,9 @@ from examples.reference.smollm2 import (
     relative_change,
     rotate_residual_stream,
 )
-from examples.reference.texts import news_snippets, technical_prose, token_windows
+from examples.reference.texts import excerpt, news_snippets, technical_prose, token_windows
+from examples.reference.training import batches, train
+from tests._utils.tiny import tiny_tokenizer
 
 
 def zip_bytes(members: dict[str, bytes]) -> bytes:
@@ -260,7 +263,81 @@ class TestSentiment:
             assert accuracy(model, tokenizer, held_out(domain)) == pytest.approx(share, abs=0.005)
 
 
+class TestTraining:
+    def test_every_epoch_has_every_row_once_in_an_order_of_its_own(self) -> None:
+        recipe = digits.Recipe(epochs=3, batch_size=4)
+        order = [row for batch in batches(10, recipe) for row in batch]
+        epochs = [order[start : start + 10] for start in (0, 10, 20)]
+        assert [sorted(epoch) for epoch in epochs] == [[*range(10)]] * 3
+        assert len({tuple(epoch) for epoch in epochs}) == 3
+        assert [len(batch) for batch in batches(10, recipe)] == [4, 4, 2] * 3
+        assert list(batches(10, recipe)) == list(batches(10, recipe))
+
+    def test_finds_the_least_squares_solution(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        inputs, wanted = torch.randn(64, 3, generator=generator), torch.tensor([1.0, -2.0, 0.5])
+        found = torch.nn.Parameter(torch.zeros(3))
+        recipe = digits.Recipe(epochs=60, batch_size=16, learning_rate=0.1, weight_decay=0.0)
+        train("line", [found], lambda rows: (inputs[rows] @ (found - wanted)).square().mean(), 64, recipe)
+        assert torch.allclose(found.detach(), wanted, atol=1e-3)
+
+
+class TestDigits:
+    def test_accuracy_is_the_recorded_one(self) -> None:
+        images = available(digits.held_out)
+        folder = available(digits.classifier)
+        recorded = json.loads((folder / "reference.json").read_text())["held_out_accuracy"]["digits"]
+        model = ResNetForImageClassification.from_pretrained(folder).eval()
+        assert len(images) == 600
+        assert recorded >= 0.97
+        assert digits.accuracy(model, images) == pytest.approx(recorded, abs=0.005)
+        pixels = images[0][0]
+        assert (pixels.shape, pixels.dtype) == ((1, 32, 32), torch.float32)
+        assert -1 <= float(pixels.min()) < float(pixels.max()) <= 1
+
+
+class TestLSTM:
+    @pytest.mark.timeout(600)  # the first call trains the model
+    def test_accuracy_is_the_recorded_one(self) -> None:
+        folder = available(lstm.classifier)
+        recorded = json.loads((folder / "reference.json").read_text())["held_out_accuracy"]
+        model, tokenizer = lstm.load(folder), lstm.tokenizer(folder)
+        assert recorded["tweets"] > 0.81
+        assert recorded["amazon"] > 0.74
+        for domain, share in recorded.items():
+            assert lstm.accuracy(model, tokenizer, held_out(domain)) == pytest.approx(share, abs=0.005)
+
+    def test_padding_changes_nothing(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = lstm.LSTMClassifier(words=20, embedding_size=8, hidden_size=6).eval()
+        ids = torch.tensor([[3, 7, 5, 0, 0], [2, 4, 6, 8, 9]])
+        with torch.inference_mode():
+            together, alone = model(ids), model(ids[:1, :3])
+            nothing = model(torch.zeros(1, 2, dtype=torch.long))
+        assert torch.allclose(together[:1], alone, atol=1e-6)
+        assert not torch.allclose(together[0], together[1])
+        assert torch.isfinite(nothing).all()
+
+    def test_text_without_words_is_one_unknown_word(self) -> None:
+        words = lstm._tokenizer([("good good", 1), ("bad! bad!", 0)], lstm.Recipe())
+        assert lstm.encode(words, ["  ", "Good bad", "never"]).tolist() == [
+            [1, 0],
+            [words.vocab["good"], words.vocab["bad"]],
+            [1, 0],
+        ]
+        assert sorted(words.vocab) == ["!", "[PAD]", "[UNK]", "bad", "good"]
+
+
 class TestTexts:
+    def test_excerpt_ends_with_a_token(self) -> None:
+        text = "one two  three, four"
+        assert excerpt(tiny_tokenizer(), text, 7) == "one two"
+        assert excerpt(tiny_tokenizer(), text, len(text)) == text
+        for tokens in (0, 21):
+            with pytest.raises(ValueError, match="tokens were asked for, the text has 20"):
+                excerpt(tiny_tokenizer(), text, tokens)
+
     def test_prose_is_long_and_in_a_fixed_order(self) -> None:
         assert len(technical_prose()) > 300_000
         assert technical_prose() == technical_prose()

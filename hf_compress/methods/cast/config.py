@@ -15,7 +15,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class CastFields(QuantFields):
     """Fields of `CastConfig`.
 
-    A stock checkpoint has one data type, so nothing can be left out: `skip` and `rules` are not accepted.
+    A stock checkpoint has one data type, so nothing can be left out: `skip` and `rules` are not accepted. Formats hold
+    quantized weights; a cast model is a plain checkpoint.
     """
 
     dtype: Literal["bf16", "fp16"] = "bf16"
@@ -23,6 +24,7 @@ class CastFields(QuantFields):
     skip: Annotated[tuple[str, ...], Field(max_length=0)] = ()
     rules: Annotated[tuple[str, ...], Field(max_length=0)] = ()  # type: ignore[assignment]
     embeddings: Literal["keep"] = "keep"
+    format: Literal["auto"] = "auto"
 
 
 class CastConfig(QuantConfig):

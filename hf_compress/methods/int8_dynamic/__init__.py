@@ -1,7 +1,7 @@
 """Dynamic INT8: per-channel weights, inputs quantized per token at run time."""
 
 from ...core.registry import METHODS, Method
-from ..rtn.method import quantize
+from ..rtn.method import quantize_scheme
 from .config import Int8DynamicFields, Int8DynamicQuantConfig
 from .method import scheme
 
@@ -11,7 +11,7 @@ METHODS.register(
         config=Int8DynamicQuantConfig,
         summary="W8A8 without data: the one for speed on CPUs with INT8 instructions; encoders and decoders.",
         scheme=scheme,
-        quantize=quantize,
+        quantize=quantize_scheme,
         quantizes_activations=True,
     )
 )

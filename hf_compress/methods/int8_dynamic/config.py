@@ -13,7 +13,9 @@ class Int8DynamicQuantConfig(QuantConfig):
     """Dynamic INT8 (W8A8): symmetric per-channel weights, symmetric per-token inputs, no calibration.
 
     Linear layers whose input is not (batch, tokens, features), such as poolers, are quantized weight-only:
-    a scale per token is not defined there. So are fused experts.
+    a scale per token is not defined there. So are fused experts, depthwise convolutions and recurrent cells.
+    Of `nn.LSTM` and `nn.GRU`, inputs and hidden states of every layer are quantized per token. Inputs of other
+    convolutions have one scale for the whole tensor, so the result of one image depends on its batch.
 
     Args:
         skip: Patterns of weights to keep, added to the defaults.

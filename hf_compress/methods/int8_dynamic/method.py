@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from compressed_tensors.quantization import QuantizationScheme
-
 from ...core import scheme as schemes
 from ...core.config import QuantFields
 from ...core.weights import Weight, WeightKind
 
 
-def scheme(fields: QuantFields, weight: Weight) -> QuantizationScheme | str:
-    """W8A8 for linear layers; INT8 weights alone where inputs can't be quantized per token."""
+def scheme(fields: QuantFields, weight: Weight) -> schemes.Scheme | str:
+    """W8A8 for linear, recurrent and convolutional layers; INT8 weights alone where inputs can't be quantized.
+
+    Inputs get one scale per token, those of convolutions one scale per tensor. Depthwise convolutions, whose inputs
+    differ from channel to channel, and the cells of recurrent layers keep float inputs.
+    """
     weights = schemes.weight_args(8, "channel", symmetric=True)
-    inputs = schemes.token_args() if weight.kind in (WeightKind.LINEAR, WeightKind.CONV1D) else None
-    return schemes.scheme(weights, inputs)
+    if weight.owner == "NonDynamicallyQuantizableLinear":  # nn.MultiheadAttention reads its weight, never calls it
+        return schemes.scheme(weights)
+    if weight.kind in (WeightKind.LINEAR, WeightKind.CONV1D) or weight.owner in ("LSTM", "GRU"):
+        return schemes.scheme(weights, schemes.token_args())
+    if weight.kind is WeightKind.CONV and weight.kernel[0] > 1:
+        return schemes.scheme(weights, schemes.tensor_args())
+    return schemes.scheme(weights)

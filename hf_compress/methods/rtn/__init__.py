@@ -2,7 +2,7 @@
 
 from ...core.registry import METHODS, Method
 from .config import RTNFields, RTNQuantConfig
-from .method import quantize, scheme
+from .method import quantize, quantize_scheme, scheme
 
 METHODS.register(
     Method(
@@ -10,7 +10,7 @@ METHODS.register(
         config=RTNQuantConfig,
         summary="Weight-only, 2-8 bits, no data, seconds. 8 bits is nearly lossless; at 4 bits measure first.",
         scheme=scheme,
-        quantize=quantize,
+        quantize=quantize_scheme,
     )
 )
 

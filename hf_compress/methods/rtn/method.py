@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
@@ -21,11 +21,23 @@ _ROUND = 1.5 * 2**23
 """Added and subtracted, rounds a float32 below 2^22 to the nearest integer, half to even, like `torch.round`."""
 
 
-def scheme(fields: QuantFields, weight: Weight) -> QuantizationScheme | str:
+def scheme(fields: QuantFields, weight: Weight) -> schemes.Scheme | str:
     """Weight-only on the grid that the fields ask for."""
     if not isinstance(fields, UniformFields):
         raise ConfigError(f"{type(fields).__name__} has no bits and group size.")
     return schemes.scheme(schemes.weight_args(fields.bits, fields.group_size, fields.symmetric))
+
+
+def quantize_scheme(weight: Tensor, given: schemes.Scheme) -> Quantized:
+    """Quantize a weight to the uniform grid of a scheme.
+
+    Args:
+        weight: … × rows × columns, floating point, finite.
+        given: The scheme.
+    """
+    if given.weights is None or given.codebook is not None:
+        raise ValueError("rounding to nearest needs a uniform grid")
+    return quantize(weight, given.weights)
 
 
 @torch.no_grad()
@@ -41,7 +53,7 @@ def quantize(weight: Tensor, args: QuantizationArgs) -> Quantized:
         with the scale as it will be stored, so a code is never off by the scale's own rounding.
     """
     rows = weight.reshape(-1, weight.shape[-1])
-    grid = _grid(*torch.aminmax(rows), args, weight.dtype) if args.strategy == "tensor" else None
+    grid = uniform_grid(*torch.aminmax(rows), args, weight.dtype) if args.strategy == "tensor" else None
     codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
     parts = []
     step = max(1, CHUNK // rows.shape[1])
@@ -61,7 +73,7 @@ def _quantize_rows(rows: Tensor, args: QuantizationArgs, grid: tuple[Tensor, Ten
     """Quantize a block of rows, on the grid of the whole weight if one is given."""
     groups = 1 if grid is not None else schemes.groups(tuple(rows.shape), args)[-1]
     grouped = rows.float().unflatten(-1, (groups, -1))
-    scale, zeros = grid or _grid(grouped.amin(-1), grouped.amax(-1), args, rows.dtype)
+    scale, zeros = grid or uniform_grid(grouped.amin(-1), grouped.amax(-1), args, rows.dtype)
     scaled = grouped / scale.float().unsqueeze(-1)
     if zeros is not None:
         scaled += zeros.float().unsqueeze(-1)
@@ -70,9 +82,19 @@ def _quantize_rows(rows: Tensor, args: QuantizationArgs, grid: tuple[Tensor, Ten
     return Quantized(codes, scale, zeros)
 
 
-def _grid(low: Tensor, high: Tensor, args: QuantizationArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scale in the weight's data type and zero point of each group."""
+def uniform_grid(
+    low: Tensor, high: Tensor, args: QuantizationArgs, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Scale in the weight's data type and zero point (int8, or None) of each group.
+
+    Args:
+        low: Smallest value of each group.
+        high: Largest value of each group.
+        args: The grid.
+        dtype: The weight's data type.
+    """
     scale, zero_point = calculate_qparams(low.float(), high.float(), args)
-    stored = scale.to(dtype)
-    stored = torch.where(stored == 0, torch.finfo(dtype).tiny, stored)
+    narrow = args.scale_dtype or dtype
+    stored = scale.to(narrow).to(dtype)
+    stored = torch.where(stored == 0, max(torch.finfo(narrow).tiny, torch.finfo(dtype).tiny), stored)
     return stored, None if args.symmetric else zero_point.to(torch.int8)

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..swap import PackedModule, packed_modules
 from .int_mm import IntMatmul
+from .int_recurrent import RecurrentIntMatmul
 from .protocol import Kernel
 
-KERNELS: tuple[Kernel, ...] = (IntMatmul(),)
+KERNELS: tuple[Kernel, ...] = (IntMatmul(), RecurrentIntMatmul())
 """Fastest first."""
 
 REFERENCE = "reference"
@@ -33,7 +34,7 @@ def kernel_counts(model: nn.Module) -> dict[str, int]:
 
 def _running(module: PackedModule) -> str:
     """The kernel that a module really runs: after `.to(bfloat16)` kernels for float32 no longer do."""
-    scale = module._buffers.get("weight_scale")
+    scale = module._buffers.get(f"{next(iter(module.hfc_layouts))}_scale")
     usable = module.hfc_kernel is not None and scale is not None and scale.dtype == torch.float32
     return module.hfc_kernel.name if usable and module.hfc_kernel is not None else REFERENCE
 
@@ -53,8 +54,6 @@ def reference_kernels(model: nn.Module) -> Iterator[None]:
 
 def _choose(module: PackedModule) -> Kernel | None:
     """The fastest kernel for a module, or None for the reference."""
-    layout = module.hfc_layouts.get("weight")
-    if layout is None:
-        return None
+    layout = next(iter(module.hfc_layouts.values()))
     fitting = (kernel for kernel in KERNELS if kernel.refusal(module, layout) is None)
     return next((kernel for kernel in fitting if kernel.probe() is None), None)

@@ -28,12 +28,17 @@ class IntMatmul:
 
     def refusal(self, module: nn.Module, layout: Layout) -> str | None:
         """Why it can't run a module, or None."""
+        if "weight_packed" not in module._buffers:
+            return "not a linear layer"
+        return self.weight_refusal(layout, module.get_buffer("weight_packed"), module.get_buffer("weight_scale"))
+
+    def weight_refusal(self, layout: Layout, codes: Tensor, scale: Tensor) -> str | None:
+        """Why it can't multiply with a weight, or None."""
         inputs, weights = layout.scheme.input_activations, layout.weights
         if inputs is None or (inputs.num_bits, inputs.strategy, inputs.dynamic) != (8, "token", True):
             return "inputs are not quantized dynamically per token"
         if (weights.num_bits, weights.strategy, weights.symmetric) != (8, "channel", True):
             return "weights are not symmetric int8 per channel"
-        codes, scale = module.get_buffer("weight_packed"), module.get_buffer("weight_scale")
         if codes.device.type != "cpu" or scale.dtype != torch.float32:
             return "only float32 on the CPU"
         return None if min(layout.shape) >= 8 and layout.shape[1] % 8 == 0 else "too small or not a multiple of 8"

@@ -266,6 +266,26 @@ def test_directory_that_is_no_checkpoint_is_never_overwritten(tmp_path: Path) ->
     assert "no checkpoint" in refused(home, overwrite=True)
 
 
+def test_other_outputs_have_other_markers(tmp_path: Path) -> None:
+    """A comparison is no checkpoint, and neither replaces or restores the other."""
+    comparison = tmp_path / "out"
+    comparison.mkdir()
+    (comparison / "comparison.json").write_text("old")
+    assert "no checkpoint" in refused(comparison, overwrite=True)
+    with atomic_directory(comparison, overwrite=True, markers=("comparison.json",)) as folder:
+        (folder / "comparison.json").write_text("new")
+    assert (comparison / "comparison.json").read_text() == "new"
+    comparison.rename(tmp_path / ".out.old")
+    assert not recover(comparison)
+    assert recover(comparison, ("comparison.json",))
+    model = make(tmp_path / "model")
+    with (
+        pytest.raises(OutputExistsError, match=r"holds no comparison\.json, so it is no comparison"),
+        atomic_directory(model, overwrite=True, markers=("comparison.json",)),
+    ):
+        pytest.fail("the block ran")
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_link_is_refused_and_names_its_target(tmp_path: Path, exists: bool) -> None:
     target = tmp_path / "elsewhere"

@@ -19,7 +19,7 @@ from .conftest import ROOT, Process, Run
 def test_help_has_examples_and_every_command(run: Run) -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("quantize", "inspect", "verify", "doctor"):
+    for name in ("quantize", "inspect", "verify", "capabilities", "doctor"):
         assert name in result.stdout
         own = run(name, "-h")
         assert own.exit_code == 0

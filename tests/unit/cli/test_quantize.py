@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_compress.cli.quantize import _processor
+from hf_compress.cli.quantize import processor_of
 
 from .conftest import Run
 
@@ -57,7 +57,7 @@ def test_json_is_all_there_is_on_stdout_and_overwrite_replaces(
 def test_a_damaged_tokenizer_is_a_note(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "source")
     (tmp_path / "source" / "tokenizer_config.json").write_text("{")
-    processor, note = _processor(str(tmp_path / "source"))
+    processor, note = processor_of(str(tmp_path / "source"))
     assert processor is None
     assert note is not None
     assert "tokenizer or processor was not saved" in note

@@ -104,7 +104,7 @@ def test_min_coverage_of_the_wrong_type(value: Any) -> None:
     refused(f"min_coverage={value!r} is not possible", min_coverage=value)
 
 
-@pytest.mark.parametrize("value", ["gptq", "GUARDED", None, 1])
+@pytest.mark.parametrize("value", ["gguf", "GUARDED", None, 1])
 def test_format(value: Any) -> None:
     refused(f"format={value!r} is not possible", format=value)
 

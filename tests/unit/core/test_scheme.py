@@ -49,8 +49,8 @@ def test_groups(shape: tuple[int, ...], group_size: int | str, expected: tuple[i
 
 def test_packed_bytes_by_hand() -> None:
     # 6 rows of 32 columns at 4 bits are 4 words; 4 groups a row with float16 scales.
-    assert packed_bytes((6, 32), weight_args(4, 8, True), 2) == 6 * 4 * 4 + 6 * 4 * 2
-    assert packed_bytes((6, 32), weight_args(4, 8, False), 2) == 6 * 4 * 4 + 6 * 4 * 2 + 6 * 4
-    assert packed_bytes((6, 33), weight_args(3, "channel", True), 4) == 6 * 4 * 4 + 6 * 4
+    assert packed_bytes((6, 32), scheme(weight_args(4, 8, True)), 2) == 6 * 4 * 4 + 6 * 4 * 2
+    assert packed_bytes((6, 32), scheme(weight_args(4, 8, False)), 2) == 6 * 4 * 4 + 6 * 4 * 2 + 6 * 4
+    assert packed_bytes((6, 33), scheme(weight_args(3, "channel", True)), 4) == 6 * 4 * 4 + 6 * 4
     # 8 bits stay int8, one byte a value: 33 columns are not rounded up to words.
-    assert packed_bytes((6, 33), weight_args(8, "tensor", False), 4) == 6 * 33 + 4 + 1
+    assert packed_bytes((6, 33), scheme(weight_args(8, "tensor", False)), 4) == 6 * 33 + 4 + 1

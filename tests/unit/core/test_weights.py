@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests._utils.tiny import FAMILIES, tiny, tiny_config
 KINDS = {
     "bert": {"linear": 13, "embedding": 3},
     "bert-classifier": {"linear": 14, "embedding": 3},
+    "bert-mlm": {"linear": 14, "embedding": 3},
     "distilbert": {"linear": 14, "embedding": 2},
     "llama": {"linear": 15, "embedding": 1},
     "llama-tied": {"linear": 15, "embedding": 1},
@@ -22,13 +24,14 @@ KINDS = {
     "mixtral": {"linear": 9, "experts": 4, "other": 2, "embedding": 1},
     "t5": {"linear": 33, "embedding": 5},
     "bart": {"linear": 33, "embedding": 5},
-    "whisper": {"linear": 33, "other": 2, "embedding": 3},
-    "vit": {"linear": 13, "other": 3},
-    "resnet": {"linear": 1, "other": 6},
+    "whisper": {"linear": 33, "conv": 2, "embedding": 3},
+    "vit": {"linear": 13, "conv": 1, "other": 2},
+    "resnet": {"linear": 1, "conv": 6},
 }
 HEADS = {
     "bert": set(),
     "bert-classifier": {"classifier"},
+    "bert-mlm": {"cls.predictions.decoder"},
     "distilbert": {"classifier"},
     "llama": {"lm_head"},
     "llama-tied": {"lm_head"},
@@ -73,6 +76,9 @@ def test_keys_and_shapes_are_the_parameters(family: str) -> None:
     for weight in list_weights(model):
         shape = tuple(parameters[weight.key].shape)
         canonical = (*shape[:-2], shape[-1], shape[-2]) if weight.transposed else shape
+        if weight.kind is WeightKind.CONV:
+            assert weight.kernel == shape[1:]
+            canonical = (shape[0], prod(shape[1:]))
         assert weight.shape == canonical
         assert weight.dtype == torch.float32
         assert weight.owner == type(model.get_submodule(weight.module)).__name__
@@ -188,8 +194,8 @@ def test_plain_modules() -> None:
     assert {name: weight.kind.value for name, weight in weights.items()} == {
         "0": "embedding",
         "1": "linear",
-        "2.weight_ih_l0": "other",
-        "2.weight_hh_l0": "other",
+        "2.weight_ih_l0": "recurrent",
+        "2.weight_hh_l0": "recurrent",
         "3": "other",
         "3.bias": "other",
     }

@@ -62,7 +62,8 @@ def test_this_machine() -> None:
     assert here.processor
     assert here.torch_threads == torch.get_num_threads()
     assert here.python == platform.python_version()
-    assert set(here.packages) == {"torch", "transformers", "compressed-tensors", "hf_compress"}
+    known = {"torch", "transformers", "compressed-tensors", "bitsandbytes", "torchao", "hf_compress"}
+    assert set(here.packages) == known
     assert here.packages["torch"] == importlib.metadata.version("torch")
     assert Environment.model_validate_json(here.model_dump_json()) == here
     with pytest.raises(ValueError, match="frozen"):

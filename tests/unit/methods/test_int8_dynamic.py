@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_compress.core.plan import build_plan
+from hf_compress.core.build import build_plan
 from hf_compress.core.registry import METHODS
 from hf_compress.core.scheme import token_args, weight_args
 from hf_compress.core.weights import WeightKind, list_weights

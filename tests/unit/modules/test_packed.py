@@ -131,14 +131,14 @@ def test_bytes_planned_are_bytes_held(bits: int, group_size: int | str, symmetri
         if tensor is not None
     )
     assert nbytes(packed) == held
-    assert schemes.packed_bytes((6, 48), packed.layout.weights, dtype.itemsize) == held
+    assert schemes.packed_bytes((6, 48), packed.layout.scheme, dtype.itemsize) == held
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("columns", [1, 33, 63])
 def test_bytes_of_odd_widths(bits: int, columns: int) -> None:
     packed = packed_of((6, columns), bits, "channel")
-    assert schemes.packed_bytes((6, columns), packed.layout.weights, 4) == nbytes(packed)
+    assert schemes.packed_bytes((6, columns), packed.layout.scheme, 4) == nbytes(packed)
 
 
 def test_layout_copies_by_reference() -> None:

@@ -1,0 +1,43 @@
+"""W8A8 dynamic, per token, for `nn.LSTM` and `nn.GRU`: every product through `int_mm.int8_linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..packed import Layout
+from ..swap import run_recurrent
+from .int_mm import IntMatmul
+
+
+class RecurrentIntMatmul(IntMatmul):
+    """Symmetric int8 weights per channel, symmetric int8 inputs and hidden states per token.
+
+    Rounding a hidden state can turn on the last bit of a sum, so over many steps outputs may differ by more than
+    one product's tolerance.
+    """
+
+    name = "int8-matmul-recurrent"
+
+    def refusal(self, module: nn.Module, layout: Layout) -> str | None:
+        """Why it can't run a module, or None."""
+        if not isinstance(module, nn.LSTM | nn.GRU):
+            return "neither nn.LSTM nor nn.GRU"
+        reasons = (self._reason(module, name, one) for name, one in vars(module)["hfc_layouts"].items())
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _reason(self, module: nn.Module, name: str, layout: Layout) -> str | None:
+        """Why it can't run one of the weights, or None."""
+        return self.weight_refusal(layout, module.get_buffer(f"{name}_packed"), module.get_buffer(f"{name}_scale"))
+
+    def run(self, module: nn.Module, value: Any) -> Any:
+        """The layer's output and states, from zeros on.
+
+        Args:
+            module: A packed layer.
+            value: Its input, float32.
+        """
+        with torch.no_grad():
+            return run_recurrent(module, value, None, integers=True)

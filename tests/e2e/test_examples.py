@@ -1,0 +1,104 @@
+"""The examples with reference models and data, run as a newcomer would."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_compress as hfc
+from examples import quantize_causal_lm, quantize_lstm, quantize_text_classification
+from examples.reference import ReferenceUnavailable, lstm
+from examples.reference.sentiment import classifier, held_out
+from examples.reference.smollm2 import off_grid_smollm2
+from tests._utils.tiny import tiny_dir, tiny_tokenizer
+
+
+def needs(*getters: Callable[[], Any]) -> None:
+    """Skip, saying why, where a reference can't be had."""
+    for get in getters:
+        try:
+            get()
+        except ReferenceUnavailable as error:
+            pytest.skip(str(error))
+
+
+def numbers(said: str, pattern: str) -> list[float]:
+    """The two numbers before and after an arrow."""
+    found = re.search(pattern, said)
+    assert found is not None, said
+    return [float(one) for one in found.groups()]
+
+
+@pytest.mark.timeout(600)  # the first call trains the model
+def test_lstm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs(held_out)
+    out = tmp_path / "out"
+    quantize_lstm.main(["--out", str(out)])
+    said = capsys.readouterr().out
+    assert "proof: own-reader, by hf_compress" in said
+    before, after = numbers(said, r"([\d.]+) MB -> ([\d.]+) MB")
+    assert before / after > 3.5
+    before, after = numbers(said, r"accuracy ([\d.]+)% -> ([\d.]+)%")
+    assert before > 78
+    assert abs(before - after) <= 0.5
+    packed = hfc.load(out, model=lstm.skeleton(lstm.classifier()))
+    assert isinstance(packed.lstm, torch.nn.LSTM)
+    assert {parameter.dtype for parameter in packed.parameters()} == {torch.float32}
+    assert sum(parameter.numel() for parameter in packed.parameters()) < 5000  # biases: all else is packed
+
+
+def test_text_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs(held_out)
+    source = tiny_dir("bert-classifier", tmp_path, num_labels=2)
+    tiny_tokenizer().save_pretrained(source)
+    out = tmp_path / "out"
+    arguments = ["--model", str(source), "--out", str(out), "--rows", "20", "--methods", "hqq4"]
+    quantize_text_classification.main(arguments)
+    said = capsys.readouterr().out
+    assert "hqq4: 100% of the weights, proof: full, by transformers" in said
+    assert re.search(r"accuracy [\d.]+% -> [\d.]+%; the change is between [-+][\d.]+ and \+[\d.]+ points", said)
+    assert hfc.inspect(out / "hqq4").plan.method == "hqq"
+
+
+def test_causal_lm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_dir("llama", tmp_path)
+    tiny_tokenizer().save_pretrained(source)
+    out = tmp_path / "out"
+    sizes = ["--windows", "2", "--length", "32", "--prompt", "A list"]
+    quantize_causal_lm.main(["--model", str(source), "--out", str(out), "--method", "hqq", *sizes])
+    said = capsys.readouterr().out
+    assert "proof: full, by transformers" in said
+    assert numbers(said, r"perplexity ([\d.]+) -> ([\d.]+)") == pytest.approx([128, 128], rel=0.5)
+    assert said.splitlines()[-1].replace(" ", "").startswith("Alist")
+    assert AutoModelForCausalLM.from_pretrained(out).hf_quantizer is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first call builds the model
+def test_text_classification_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs(classifier)
+    quantize_text_classification.main(["--out", str(tmp_path / "out"), "--rows", "1200"])
+    said = capsys.readouterr().out
+    assert said.count("proof: ") == len(quantize_text_classification.METHODS)
+    for share in re.findall(r"accuracy ([\d.]+)% -> ([\d.]+)%", said):
+        before, after = map(float, share)
+        assert before > 87
+        assert after > before - 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first call builds the model
+def test_causal_lm_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs(off_grid_smollm2)
+    quantize_causal_lm.main(["--out", str(tmp_path / "out"), "--windows", "4", "--length", "128"])
+    said = capsys.readouterr().out
+    assert "proof: full, by transformers" in said
+    before, after = numbers(said, r"perplexity ([\d.]+) -> ([\d.]+)")
+    assert before < after < 2.5 * before
+    assert "A list in Python is" in said
