@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
 import math
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 from transformers import ResNetForImageClassification as ResNet
 
@@ -47,9 +47,22 @@ CLASSIFIERS = ("LSTM", "digits ResNet")
 INT8 = ("int8_dynamic", "rtn8")
 
 HQQ = {
-    name: Bar(name=f"W4 g64 {name}, perplexity HQQ / RTN", at="most", limit=BELOW_ONE, unit="times")
-    for name in SYMMETRIES
+    "symmetric": Bar(
+        name="W4 g64 symmetric, perplexity HQQ / RTN, upper end of the paired 95 % interval",
+        at="most",
+        limit=1.0,
+        unit="times",
+    ),
+    "asymmetric": Bar(
+        name="W4 g64 asymmetric, perplexity HQQ / RTN, point estimate: its interval includes 1",
+        at="most",
+        limit=BELOW_ONE,
+        unit="times",
+    ),
 }
+JUDGED = {"symmetric": "high", "asymmetric": "ratio"}
+"""Which number of `ratio` each bar takes."""
+SAME_BYTES = Bar(name="W4 g64, packed bytes HQQ / RTN, the largest ratio", at="most", limit=1.0, unit="times")
 SECONDS = Bar(name=f"HQQ quantizes {ROTATED_NAME}", at="most", limit=MOST_HQQ_SECONDS, unit="s")
 ERRORS = {
     (model, table): Bar(name=f"{model}, squared error {table} / uniform", at="most", limit=BELOW_ONE, unit="times")
@@ -61,7 +74,9 @@ LOST = {
     for model in CLASSIFIERS
     for method in INT8
 }
-BARS = (*HQQ.values(), SECONDS, *ERRORS.values(), *LOST.values())
+CONFIGURATIONS = 8
+ALL_MEASURED = Bar(name="configurations measured", at="least", limit=CONFIGURATIONS, unit=f"of {CONFIGURATIONS}")
+BARS = (*HQQ.values(), SAME_BYTES, SECONDS, *ERRORS.values(), *LOST.values(), ALL_MEASURED)
 
 Found = tuple[JsonValue, dict[str, float]]
 """Measurements of a part, and the values of its bars."""
@@ -132,26 +147,33 @@ def perplexities(path: Path, sizes: Sizes) -> Found:
     windows = [torch.tensor(one) for one in ids]
     original = perplexity(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), windows, 2)
     found: dict[str, Any] = {"fp32": original.perplexity}
-    values, hqq_seconds = {}, []
+    values, hqq_seconds, sizes_over_rtn = {}, [], []
     for name, symmetric in SYMMETRIES.items():
-        results = {}
+        results, packed = {}, {}
         for method, kind in (("rtn", hfc.RTNQuantConfig), ("hqq", hfc.HQQQuantConfig)):
             started = time.perf_counter()
             model = hfc.quantize(path, kind(bits=4, group_size=GROUP_SIZE, symmetric=symmetric))
             seconds = time.perf_counter() - started
-            results[method] = perplexity(model, windows, 2)
+            results[method], packed[method] = perplexity(model, windows, 2), packed_bytes(model)
             against = ratio(results[method], original)
             found[f"{method}, {name}"] = {
                 "perplexity": results[method].perplexity,
                 "over_fp32": against,
+                "packed_bytes": packed[method],
                 "quantize_s": seconds,
             }
             if method == "hqq":
                 hqq_seconds.append(seconds)
         compared = ratio(results["hqq"], results["rtn"])
         found[f"hqq over rtn, {name}"] = compared
-        values[HQQ[name].name] = compared["ratio"]
-    return found, {**values, SECONDS.name: max(hqq_seconds)}
+        values[HQQ[name].name] = compared[JUDGED[name]]
+        sizes_over_rtn.append(packed["hqq"] / packed["rtn"])
+    return found, {**values, SAME_BYTES.name: max(sizes_over_rtn), SECONDS.name: max(hqq_seconds)}
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the packed weights with their scales and zero points."""
+    return sum(held.nbytes for _, module in packed_modules(model) for held in module.buffers(recurse=False))
 
 
 def ratio(new: Perplexity, old: Perplexity) -> dict[str, float]:
@@ -284,25 +306,21 @@ def libraries(path: Path, sizes: Sizes) -> Found:
         "configurations": entries,
         "notes": list(comparison.notes),
     }
-    return found, {}
+    return found, {ALL_MEASURED.name: len(comparison.reports)}
 
 
 def peers() -> dict[str, Any]:
-    """Configurations by name; torchao's where it is installed."""
-    found: dict[str, Any] = {
+    """Configurations by name."""
+    return {
         "rtn4": hfc.RTNQuantConfig(bits=4, group_size=GROUP_SIZE),
         "hqq4": hfc.HQQQuantConfig(bits=4, group_size=GROUP_SIZE),
         "nf4": hfc.CodebookQuantConfig(codebook="nf4", group_size=GROUP_SIZE),
         "int8_dynamic": hfc.Int8DynamicQuantConfig(),
         "bitsandbytes-nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         "bitsandbytes-int8": BitsAndBytesConfig(load_in_8bit=True),
+        "torchao-int8-weight-only": TorchAoConfig(Int8WeightOnlyConfig()),
+        "torchao-int8-dynamic": TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
     }
-    if importlib.util.find_spec("torchao") is not None:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-
-        found["torchao-int8-weight-only"] = TorchAoConfig(Int8WeightOnlyConfig())
-        found["torchao-int8-dynamic"] = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
-    return found
 
 
 def told(report: hfc.Report) -> dict[str, Any]:

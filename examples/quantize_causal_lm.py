@@ -1,7 +1,9 @@
 """A language model in 4 bits: perplexity before and after, its size, and a sentence.
 
-python examples/quantize_causal_lm.py --method hqq --out smollm2-int4
-python examples/quantize_causal_lm.py --method nf4 --model Qwen/Qwen3-0.6B --out qwen3-nf4
+python -m examples.quantize_causal_lm --method hqq --out smollm2-int4
+python -m examples.quantize_causal_lm --method nf4 --model Qwen/Qwen3-0.6B --out qwen3-nf4
+
+Run it from the top of a checkout, whose `examples.reference` carries the models and texts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A plain PyTorch module, an LSTM text classifier, in INT8: no transformers model is needed.
 
-python examples/quantize_lstm.py --out lstm-int8
+python -m examples.quantize_lstm --out lstm-int8
+
+Run it from the top of a checkout, whose `examples.reference` carries the models and texts.
 """
 
 from __future__ import annotations

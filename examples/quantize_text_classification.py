@@ -1,7 +1,9 @@
 """A text classifier, quantized in several ways: what each one costs in accuracy and gains in size.
 
-python examples/quantize_text_classification.py --out classifier-small
-python examples/quantize_text_classification.py --model DIR --methods int8-dynamic hqq4 --out DIR-small
+python -m examples.quantize_text_classification --out classifier-small
+python -m examples.quantize_text_classification --model DIR --methods int8-dynamic hqq4 --out DIR-small
+
+Run it from the top of a checkout, whose `examples.reference` carries the models and texts.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     source = options.model or sentiment.classifier()
-    rows = sentiment.held_out()[:: -(-1200 // options.rows)]  # of 1,200, evenly from both kinds of text
+    everything = sentiment.held_out()
+    if not 1 <= options.rows <= len(everything):
+        parser.error(f"--rows {options.rows}: there are 1 to {len(everything)}")
+    rows = [everything[index * len(everything) // options.rows] for index in range(options.rows)]  # both kinds of text
     tokenizer = AutoTokenizer.from_pretrained(source)
     original = AutoModelForSequenceClassification.from_pretrained(source)
 

@@ -6,6 +6,8 @@ python scripts/capabilities.py --failed                       # probe again what
 python scripts/capabilities.py --docs                         # README and docs from the data
 python scripts/capabilities.py --check                        # fail if data, README or docs are out of date
 
+Cells of other package versions are not kept: after an upgrade everything is probed.
+
 A cell quantizes a tiny random model, saves it with proof, loads it, and compares all outputs on inputs that the
 proof has not seen. It is `ok` when they are bit-equal, `refused` when a typed error says what to do, else `failed`.
 """
@@ -97,6 +99,8 @@ def main() -> int:
         return bool(problems)
     if not given.docs:
         wanted = keys(given.recipe, given.family)
+        if changed := other_versions(wanted):
+            parser.error(f"the other cells were probed with {changed}; probe everything")
         done = {cell.key for cell in before() if cell.result != "failed"} if given.failed else set()
         probe_all([key for key in wanted if key not in done], given.jobs)
     found = read()
@@ -225,7 +229,7 @@ def merged(cells: list[Cell]) -> Capabilities:
     """New cells, and those probed before that are still asked for."""
     known = {cell.key: cell for cell in (*before(), *cells)}
     return Capabilities(
-        versions={name: version(name) for name in PACKAGES},
+        versions=versions(),
         recipes=tuple(recipe_of(name) for name in recipe_names()),
         families=tuple(family_of(name) for name in list(MODELS)),
         cells=tuple(known[key] for key in keys() if key in known),
@@ -233,8 +237,21 @@ def merged(cells: list[Cell]) -> Capabilities:
 
 
 def before() -> tuple[Cell, ...]:
-    """Cells probed before."""
-    return read().cells if FILE.is_file() else ()
+    """Cells probed before with the versions of today."""
+    return read().cells if FILE.is_file() and read().versions == versions() else ()
+
+
+def other_versions(wanted: Iterable[Key]) -> str:
+    """Versions that cells besides some were probed with and that are not today's; empty if there are none."""
+    if not FILE.is_file() or set(wanted) >= set(keys()):
+        return ""
+    today = versions()
+    return ", ".join(f"{name} {old or '(absent)'}" for name, old in read().versions.items() if old != today.get(name))
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of today."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def version(package: str) -> str | None:

@@ -135,9 +135,7 @@ def ensure_space(path: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def atomic_directory(
-    path: Path, overwrite: bool = False, markers: tuple[str, ...] = CHECKPOINT
-) -> Iterator[Path]:
+def atomic_directory(path: Path, overwrite: bool = False, markers: tuple[str, ...] = CHECKPOINT) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes `path` when the block ends without an error.
 
     Args:

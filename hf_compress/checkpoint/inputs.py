@@ -46,6 +46,10 @@ _PLACEHOLDERS = (
     "video_token_id",
 )
 _GIVE_INPUTS = "pass inputs=[tokenizer(..., return_tensors='pt')], a list of dicts of tensors for `model.forward`."
+_GIVE_TENSORS = (
+    "pass inputs=[...] with a tensor, a tuple of tensors or a dict of them for each call; leave `inputs` out if "
+    "forward needs anything else: the proof then compares tensors only."
+)
 
 # What a forward pass raises when its arguments don't fit the model.
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -91,11 +95,12 @@ def normalise_inputs(inputs: object, model: nn.Module | None = None) -> list[Inp
     Raises:
         InputError: Something is not a tensor, or not an argument of the model.
     """
+    give = _how_to_give(model)
     if isinstance(inputs, str) or (isinstance(inputs, Sequence) and any(isinstance(one, str) for one in inputs)):
-        raise InputError("inputs is text, and must be tensors.", _GIVE_INPUTS)
+        raise InputError("inputs is text, and must be tensors.", give)
     sets = [inputs] if isinstance(inputs, Mapping) else inputs
     if not isinstance(sets, Sequence) or not sets:
-        raise InputError(f"inputs must be a dict or a non-empty list of dicts, got {_shown(inputs)}.", _GIVE_INPUTS)
+        raise InputError(f"inputs must be a dict or a non-empty list of dicts, got {_shown(inputs)}.", give)
     return [_normal_set(one, f"inputs[{index}]", model) for index, one in enumerate(sets)]
 
 
@@ -368,21 +373,27 @@ def _observed(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:
 
 
 def _normal_set(given: object, place: str, model: nn.Module | None) -> InputSet:
+    give = _how_to_give(model)
     if not isinstance(given, Mapping) or not given:
-        raise InputError(f"{place} must be a non-empty dict of tensors, got {_shown(given)}.", _GIVE_INPUTS)
+        raise InputError(f"{place} must be a non-empty dict of tensors, got {_shown(given)}.", give)
     known = None if model is None else _arguments(model)
     made: InputSet = {}
     for name, value in given.items():
         if not isinstance(name, str):
-            raise InputError(f"{place} has the key {name!r}; keys are argument names.", _GIVE_INPUTS)
+            raise InputError(f"{place} has the key {name!r}; keys are argument names.", give)
         if known is not None and name not in known:
             raise InputError(
                 f"{place}[{name!r}] is no argument of the model. {nearest(name, known)}", f"drop {name!r}."
             )
         if not isinstance(value, Tensor):
-            raise InputError(f"{place}[{name!r}] must be a tensor, got {_shown(value)}.", _GIVE_INPUTS)
+            raise InputError(f"{place}[{name!r}] must be a tensor, got {_shown(value)}.", give)
         made[name] = value.detach().to("cpu").contiguous()
     return made
+
+
+def _how_to_give(model: nn.Module | None) -> str:
+    """How to pass inputs for a model, or for a plain module."""
+    return _GIVE_INPUTS if model is None or isinstance(model, PreTrainedModel) else _GIVE_TENSORS
 
 
 def _arguments(model: nn.Module) -> set[str] | None:

@@ -19,11 +19,11 @@ from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..core.config import REQUEST
-from ..core.errors import CorruptCheckpointError, UnsupportedModelError
+from ..core.errors import CorruptCheckpointError, UnsupportedModelError, listed
 from ..core.packages import require
 from ..core.plan import Plan, PlanRow
 from ..core.weights import list_weights
-from ..formats.base import format_of
+from ..formats.base import check_scale_type, floating_types, format_of, take
 from ..formats.guarded import GUARD
 from ..modules.packed import PackedTensor
 from .foreign import check_measured
@@ -36,10 +36,11 @@ from .stock import architecture_of, damaged_if_it_fails, load_complete
 class ReadRequest(QuantizationConfigMixin):
     """The request that `load` passes to transformers: packed weights are there already."""
 
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], found: set[torch.dtype]) -> None:
         self.quant_method = REQUEST
         self.plan = plan
         self.tensors = tensors
+        self.found = found
 
     def __deepcopy__(self, memo: dict[int, object]) -> ReadRequest:
         return self
@@ -54,10 +55,14 @@ class ReadRequest(QuantizationConfigMixin):
         release_ties(model, self.plan)
         layout = format_of(self.plan)
         tensors = renamed(self.tensors, model)
+        check_claimed(self.plan, self.tensors, tensors)
         noise = {row.name: row.sqnr_db for row in self.plan.rows}
 
         def decode(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
-            return layout.decode(row, tensors), noise[row.name]
+            packed = layout.decode(row, tensors)
+            check_scale_type(row, packed, self.found)
+            check_followers(self.plan, row, packed, tensors)
+            return packed, noise[row.name]
 
         return LoadSession(self.plan, decode)
 
@@ -85,13 +90,14 @@ def load_packed(path: Path) -> PreTrainedModel:
     placeholder = torch.empty(0)
     state = {key: value for key, value in tensors.items() if key not in packed}
     state |= dict.fromkeys((row.key for row in record.plan.quantized if not row.tied_to), placeholder)
-    request = ReadRequest(record.plan, {key: tensors[key] for key in packed})
+    request = ReadRequest(record.plan, {key: tensors[key] for key in packed}, floating_types(tensors))
     with damaged_if_it_fails(str(path)):
         model = load_complete(
             architecture,
             None,
             config=config,
             state_dict=state,
+            closed=True,
             quantization_config=request if record.plan.quantized else None,
         )
         if (path / "generation_config.json").is_file():
@@ -123,13 +129,53 @@ def check_plan(plan: Plan, model: PreTrainedModel) -> None:
     weights = {(weight.module, weight.parameter): weight for weight in list_weights(model)}
     for row in plan.quantized:
         weight = weights.get((row.module, row.parameter))
-        planned = (row.name, row.kind, row.shape, row.transposed, row.parts)
-        if weight is None or planned != (weight.name, weight.kind, weight.shape, weight.transposed, weight.parts):
+        planned = (row.name, row.kind, row.shape, row.transposed, row.parts, row.kernel)
+        if weight is None or planned != (
+            weight.name,
+            weight.kind,
+            weight.shape,
+            weight.transposed,
+            weight.parts,
+            weight.kernel,
+        ):
             raise CorruptCheckpointError(
                 f"The plan's row for {row.name} ({row.parameter}: {row.kind} {row.shape}) does not fit the model: "
                 f"{type(model).__name__} has {'none' if weight is None else f'{weight.kind} {weight.shape}'} there.",
                 "save the model again",
             )
+
+
+def check_claimed(plan: Plan, tensors: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+    """Refuse packed tensors that no row of the plan reads: the plan is not the one that they were written by.
+
+    Args:
+        plan: The plan.
+        tensors: Packed tensors of the checkpoint, by name on disk.
+        named: The same tensors, also under the model's names.
+
+    Raises:
+        CorruptCheckpointError: There are some.
+    """
+    layout = format_of(plan)
+    read = {id(named[key]) for row in plan.quantized for key in layout.keys(row) if key in named}
+    left = sorted(key for key, value in tensors.items() if id(value) not in read)
+    if left:
+        raise CorruptCheckpointError(f"The plan has no use for {listed(left)}.", "save the model again")
+
+
+def check_followers(plan: Plan, row: PlanRow, packed: PackedTensor, tensors: Mapping[str, Tensor]) -> None:
+    """Compare what a checkpoint holds for the weights that are tied to one with what that one implies.
+
+    Raises:
+        CorruptCheckpointError: It is missing, or something else.
+    """
+    for other in plan.followers.get(row.name, ()):
+        for key, value in format_of(plan).encode(other, packed).items():
+            found = take(tensors, key)
+            if found.dtype != value.dtype or not torch.equal(found, value):
+                raise CorruptCheckpointError(
+                    f"{key} differs from that of {row.name}, to which {other.name} is tied.", "save the model again"
+                )
 
 
 def check_guard(path: Path, plan: Plan) -> None:
@@ -182,4 +228,4 @@ def _config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
 def renamed(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """Tensors under the model's own names, as transformers would rename them while loading."""
     renames = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    return {apply_renamings(key, renames): value for key, value in tensors.items()} | dict(tensors)
+    return {apply_renamings(key, renames): value for key, value in tensors.items()}

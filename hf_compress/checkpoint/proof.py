@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.errors import CorruptCheckpointError, InputError, ProofError, listed
 from ..core.plan import Plan
@@ -32,7 +33,7 @@ from ..modules.packed import dequantize
 from ..modules.swap import packed_modules, packed_tensor
 from .inputs import InputSet, example_inputs
 from .load import load_packed, read_tensors
-from .proof_worker import resident_bytes, run_inputs
+from .proof_worker import float_outputs, resident_bytes, run_inputs
 from .record import FILE, Check, Proof, Record, read_record
 from .truncate import truncate
 from .worker import CleanWorker
@@ -150,25 +151,22 @@ def _full(subject: Subject) -> Proof:
 
 
 def _guarded(subject: Subject) -> Proof:
-    """Stock must refuse the checkpoint, and our reader must agree with the model."""
+    """Stock must refuse the checkpoint, and every tensor and our reader must agree with the model."""
     answer = _checked(subject.worker.request("raises", path=subject.path, architecture=subject.architecture))
     if answer["exception"] is None:
         raise ProofError("Stock transformers loads a guarded checkpoint without an error.", "report this")
-    checks = compare(
-        reference_outputs(subject.model, subject.inputs),
-        reference_outputs(load_packed(subject.path), subject.inputs),
-        0.0,
-    )
+    tensors = _tensor_check(subject)
+    loaded = reference_outputs(load_packed(subject.path), subject.inputs)
+    checks = (tensors, *compare(reference_outputs(subject.model, subject.inputs), loaded, 0.0))
     reason = f"guarded: stock transformers refuses it ({answer['exception']}), hf_compress.load reads it"
     return Proof(level="full", reason=reason, reader=f"hf_compress; stock: {answer['exception']}", checks=checks)
 
 
 def _own_reader(subject: Subject, reason: str) -> Proof:
     """Our own reader in this process, and every tensor compared."""
+    tensors = () if subject.plan.backend else (_tensor_check(subject),)  # bitsandbytes changes weights it lists
     loaded = reference_outputs(load_packed(subject.path), subject.inputs)
-    checks = compare(reference_outputs(subject.model, subject.inputs), loaded, 0.0)
-    if not subject.plan.backend:  # bitsandbytes changes weights while it lists them
-        checks = (*checks, _tensor_check(subject))
+    checks = (*tensors, *compare(reference_outputs(subject.model, subject.inputs), loaded, 0.0))
     return Proof(level="own-reader", reason=reason, reader="hf_compress", checks=checks)
 
 
@@ -230,19 +228,21 @@ def _check(name: str, value: Tensor, found: Tensor, limit: float) -> Check:
     left, right = value.double(), found.double()
     same = (left == right) | (left.isnan() & right.isnan())
     difference = (
-        float(torch.where(same, 0.0, (left - right).abs().nan_to_num(nan=float("inf"))).max()) if len(left) else 0.0
+        float(torch.where(same, 0.0, (left - right).abs().nan_to_num(nan=float("inf"))).max()) if same.numel() else 0.0
     )
-    largest = float(left.abs().nan_to_num(nan=0.0, posinf=0.0).max()) if len(left) else 0.0
+    largest = float(left.abs().nan_to_num(nan=0.0, posinf=0.0).max()) if left.numel() else 0.0
     relative = 0.0 if difference == 0 else difference / largest if largest else float("inf")
     return Check(name=name, difference=difference, relative=relative, limit=limit)
 
 
-def reference_outputs(model: nn.Module, inputs: Sequence[InputSet]) -> dict[str, Tensor]:
-    """Outputs on the reference path, in evaluation mode."""
+def reference_outputs(
+    model: nn.Module, inputs: Sequence[InputSet], pick: Callable[[Any], dict[str, Tensor]] = float_outputs
+) -> dict[str, Tensor]:
+    """Outputs on the reference path, in evaluation mode: what `pick` takes of them."""
     training = model.training
     with reference_kernels(model):
         try:
-            return run_inputs(model.eval(), list(inputs))
+            return run_inputs(model.eval(), list(inputs), pick)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
             raise InputError(
                 f"{type(model).__name__} can't run the inputs of the proof: {error}",
@@ -278,6 +278,15 @@ def _stock_weights(subject: Subject, path: Path, model: PreTrainedModel) -> tupl
     return (worst.model_copy(update={"name": f"{len(checks)} weights dequantized by stock"}),)
 
 
+def _attention(config: PreTrainedConfig) -> str | dict[str, str] | None:
+    """How a model computes attention; of a composite, by part: a backbone may have other ways than the whole."""
+    whole: str | None = config._attn_implementation
+    values = vars(config)
+    parts = {name: values[name]._attn_implementation for name in config.sub_configs if values.get(name) is not None}
+    found = {name: part for name, part in parts.items() if part is not None}
+    return {"": whole, **found} if whole is not None and found else whole
+
+
 def _stock_forward(
     subject: Subject, path: Path, inputs: Sequence[InputSet]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -293,7 +302,7 @@ def _stock_forward(
                 architecture=subject.architecture,
                 inputs=given,
                 output=result,
-                attn_implementation=subject.model.config._attn_implementation,
+                attn_implementation=_attention(subject.model.config),
                 device_map="cpu" if subject.plan.backend else None,
             )
         )
@@ -328,27 +337,70 @@ def _reader(answer: Mapping[str, Any]) -> str:
 
 
 def _tensor_check(subject: Subject) -> Check:
-    """Re-read every tensor and compare it with the model in memory."""
-    expected = encode_model(subject.model, subject.plan, subject.layout)
+    """Re-read every tensor and compare it with the model in memory: by name, or else one of the same bytes each.
+
+    Raises:
+        ProofError: A tensor differs or is missing, or the checkpoint holds one that the model doesn't have.
+    """
     written = read_tensors(subject.path)
-    common = [name for name in expected if name in written]
-    wrong = [name for name in common if not torch.equal(expected[name].cpu(), written[name])]
-    keys = {key for row in subject.plan.quantized for key in subject.layout.keys(row)}
-    renamed = sorted(keys - set(common))  # transformers stores some architectures under other names
-    on_disk = {_digest(value) for value in written.values()} if renamed else set()
-    wrong += [name for name in renamed if _digest(expected[name]) not in on_disk]
-    if wrong or not common:
+    expected = _stored_state(subject, written)
+    wrong = [name for name in expected.keys() & written.keys() if not same_bytes(expected[name], written[name])]
+    missing = sorted(expected.keys() - written.keys())
+    spare = {name: _digest(written[name]) for name in sorted(written.keys() - expected.keys())}
+    for name in missing:
+        digest = _digest(expected[name])
+        twin = next((other for other, found in spare.items() if found == digest), None)
+        if twin is None:
+            wrong.append(name)
+        else:
+            del spare[twin]
+    wrong += spare
+    if wrong:
         raise ProofError(
-            f"Tensors differ on disk: {listed(wrong)}. Nothing was written.", "check the disk and save again"
+            f"Tensors differ on disk: {listed(sorted(wrong))}. Nothing was written.", "check the disk and save again"
         )
-    return Check(name=f"{len(common)} tensors re-read", difference=0.0, relative=0.0, limit=0.0)
+    return Check(name=f"{len(expected)} tensors re-read", difference=0.0, relative=0.0, limit=0.0)
+
+
+def _stored_state(subject: Subject, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a save writes of a model, by name on disk; of tied tensors the one that is there.
+
+    transformers saves under the names that a model was loaded with, or on request under the model's own.
+    """
+    model = subject.model
+    ignored = model._keys_to_ignore_on_save or ()
+    state = encode_model(model, subject.plan, subject.layout)
+    own = {name: value for name, value in state.items() if name not in ignored}
+    stored: dict[str, Tensor] = revert_weight_conversion(model, own)
+    named = min(stored, own, key=lambda one: len(one.keys() - written.keys()))
+    places = {_place(value) for name, value in named.items() if name in written}
+    kept = {}
+    for name, value in named.items():
+        if name in written or _place(value) not in places:
+            kept[name] = value
+            places.add(_place(value))
+    return kept
+
+
+def _place(value: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Where a tensor's values lie in memory."""
+    return value.data_ptr(), value.shape, value.stride()
+
+
+def same_bytes(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes: 0 is not -0, and NaN is itself."""
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and torch.equal(_bytes(left), _bytes(right))
 
 
 def _digest(value: Tensor) -> str:
     """A hash of a tensor's type, shape and bytes."""
-    flat = value.detach().cpu().contiguous()
-    data = flat.view(torch.uint8).numpy().tobytes() if flat.ndim else flat.numpy().tobytes()
-    return hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)}".encode() + data).hexdigest()
+    head = f"{value.dtype} {tuple(value.shape)}".encode()
+    return hashlib.sha256(head + _bytes(value).numpy().tobytes()).hexdigest()
+
+
+def _bytes(value: Tensor) -> Tensor:
+    """The bytes of a tensor's values, in order."""
+    return value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def file_hashes(path: Path) -> dict[str, str]:

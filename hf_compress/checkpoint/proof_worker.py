@@ -121,22 +121,27 @@ def float_outputs(outputs: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def run_inputs(model: torch.nn.Module, sets: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def run_inputs(
+    model: torch.nn.Module,
+    sets: Iterable[Mapping[str, torch.Tensor]],
+    pick: Callable[[Any], dict[str, torch.Tensor]] = float_outputs,
+) -> dict[str, torch.Tensor]:
     """Run a model over input sets.
 
     Args:
         model: A model in evaluation mode.
         sets: One mapping of forward arguments per call.
+        pick: What to take of the outputs.
 
     Returns:
-        `float_outputs` of every call, their names prefixed with the position of the set: `0.logits`.
+        What `pick` took of every call, their names prefixed with the position of the set: `0.logits`.
     """
     import torch
 
     results = {}
     with torch.inference_mode():
         for index, inputs in enumerate(sets):
-            for name, value in float_outputs(model(**inputs)).items():
+            for name, value in pick(model(**inputs)).items():
                 results[f"{index}.{name}"] = value.clone()
     return results
 
@@ -242,7 +247,7 @@ def _forward(
     inputs: str,
     output: str,
     dtype: str = "auto",
-    attn_implementation: str | None = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
     threads: int | None = None,
     device_map: str | None = None,
 ) -> Answer:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import _version
-from ..core.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ..core.errors import CheckpointNotFoundError, CorruptCheckpointError, listed
 from ..core.plan import Plan
 
 FILE = "hf_compress.json"
@@ -98,12 +98,43 @@ def read_record(path: Path) -> Record:
     """
     if not path.is_dir():
         raise CheckpointNotFoundError(f"There is no checkpoint directory at {path}.", "check the path")
-    text = _record_text(path)
+    written = _written_text(path)
+    text = _file_text(path)
+    text = written if text is None else text
     if text is None:
         raise CheckpointNotFoundError(
             f"{path} was not written by hf_compress: no {FILE} and no record in the weights.",
             "load it with transformers' from_pretrained",
         )
+    record = _parsed(path, text)
+    if written is not None:
+        _check_plan(path, record.plan, _parsed(path, written).plan)
+    return record
+
+
+def _check_plan(path: Path, plan: Plan, written: Plan) -> None:
+    """Compare the record's plan with the one that the weights were written by.
+
+    Raises:
+        CorruptCheckpointError: They differ.
+    """
+    if plan == written:
+        return
+    rows = {row.name: row for row in written.rows}
+    changed = [row.name for row in plan.rows if rows.get(row.name) != row]
+    raise CorruptCheckpointError(
+        f"The plan in {path / FILE} is not the one that the weights were written by"
+        f"{f': other rows for {listed(changed)}' if changed else ''}.",
+        "save the model again",
+    )
+
+
+def _parsed(path: Path, text: str) -> Record:
+    """A record from its JSON.
+
+    Raises:
+        CorruptCheckpointError: It is damaged.
+    """
     try:
         return Record.model_validate_json(text)
     except ValidationError as error:
@@ -114,13 +145,18 @@ def read_record(path: Path) -> Record:
         ) from None
 
 
-def _record_text(path: Path) -> str | None:
-    """The record's JSON, from its file or from the weights' metadata; None if there is none."""
-    if (path / FILE).is_file():
-        try:
-            return (path / FILE).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorruptCheckpointError(f"{path / FILE} can't be read: {error}.", "save the model again") from None
+def _file_text(path: Path) -> str | None:
+    """The record's JSON from its file; None if there is none."""
+    if not (path / FILE).is_file():
+        return None
+    try:
+        return (path / FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError(f"{path / FILE} can't be read: {error}.", "save the model again") from None
+
+
+def _written_text(path: Path) -> str | None:
+    """The record's JSON from the weights' metadata, without a proof; None if there is none."""
     for file in weight_files(path):
         with open_weights(file) as tensors:
             text = (tensors.metadata() or {}).get(KEY)

@@ -17,18 +17,12 @@ from .foreign import settle
 from .handover import current_plan, refuse_wrapped
 from .inputs import InputSet, normalise_inputs
 from .load import load_packed
+from .plain import check_storable, is_plain, needs_skeleton, stored_bytes, write_plain
+from .plain_proof import check_plain, plain_inputs, prove_plain
 from .proof import check_files, prove
 from .proof_worker import resident_bytes
 from .record import FILE, Proof, Record, read_record, record_of, sort_metadata
-from .skeleton import (
-    check_plain,
-    is_plain,
-    load_into,
-    needs_skeleton,
-    plain_inputs,
-    prove_plain,
-    write_plain,
-)
+from .skeleton import load_into
 from .worker import CleanWorker
 
 
@@ -78,10 +72,12 @@ def save(
             f"tokenizer is a {type(tokenizer).__name__}, which can't be saved.", "pass a tokenizer object"
         )
     plain = not isinstance(model, PreTrainedModel)
+    if plain:
+        check_storable(model)
     given = None if inputs is None else plain_inputs(inputs, model) if plain else normalise_inputs(inputs, model)
     recover(target)
     check_output(target, overwrite)
-    ensure_space(target, _expected_bytes(model))
+    ensure_space(target, stored_bytes(model) if plain else resident_bytes(model))
     if plain:
         return _save_plain(model, plan, target, tokenizer, overwrite, given)
     with _worker(worker) as clean, atomic_directory(target, overwrite) as temporary, disk_errors(target):
@@ -239,18 +235,16 @@ def _worker(given: CleanWorker | None) -> Any:
     return CleanWorker() if given is None else nullcontext(given)
 
 
-def _expected_bytes(model: nn.Module) -> int:
-    """What the weights will need on disk, about."""
-    return resident_bytes(model)
-
-
 def _write_weights(model: Any, plan: Plan, folder: Path) -> None:
-    """What transformers writes of a model, the same bytes every time."""
+    """What transformers writes of a model, the same bytes every time.
+
+    It can't undo how it reads other libraries' checkpoints; without that, their weights are written as they are.
+    """
     if plan.backend:
         settle(model)
         folder.mkdir(exist_ok=True)
         _write_record(folder, record_of(model, plan))  # other libraries' weights have no place for it
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=not (plan.backend and model.hf_quantizer.pre_quantized))
     for file in sorted(folder.glob("model*.safetensors")):
         sort_metadata(file)
 

@@ -31,6 +31,7 @@ class LoadSession:
         progress: Called with the number of weights done and the number planned.
         sqnr: Noise of each packed weight, by name.
         failures: Typed errors, in the order they happened.
+        arrived: The row whose tensor each packed weight was made of, by the name of its source.
     """
 
     plan: Plan
@@ -38,6 +39,7 @@ class LoadSession:
     progress: Callable[[int, int], None] | None = None
     sqnr: dict[str, float | None] = field(default_factory=dict)
     failures: list[HFCompressError] = field(default_factory=list)
+    arrived: dict[str, PlanRow] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows = {row.key: row for row in self.plan.quantized}
@@ -52,12 +54,13 @@ class LoadSession:
         try:
             packed, noise = self.packer(source, value)
             if source.name in self.sqnr:
-                _check_same(self.rows[key], source, packed, model)
+                _check_same(self.rows[key], self.arrived[source.name], packed, model)
                 return
         except HFCompressError as error:
             self.failures.append(error)
             return
         place(model, self.plan, source, packed)
+        self.arrived[source.name] = self.rows[key]
         self.sqnr |= dict.fromkeys((row.name for row in group), noise)
         if self.progress is not None:
             self.progress(len(self.sqnr), len(self.rows))
@@ -101,15 +104,15 @@ def release_ties(model: nn.Module, plan: Plan) -> None:
                 model.all_tied_weights_keys.pop(row.key, None)
 
 
-def _check_same(row: PlanRow, source: PlanRow, packed: PackedTensor, model: nn.Module) -> None:
+def _check_same(row: PlanRow, other: PlanRow, packed: PackedTensor, model: nn.Module) -> None:
     """Compare a tied weight with the one that came before it.
 
     Raises:
         TiedWeightsError: They differ.
     """
-    earlier = packed_tensor(model.get_submodule(source.module), source.parameter)
+    earlier = packed_tensor(model.get_submodule(other.module), other.parameter)
     if not (torch.equal(packed.codes, earlier.codes) and torch.equal(packed.scale, earlier.scale)):
         raise TiedWeightsError(
-            f"The checkpoint holds other values for {row.name} than for {source.name}, to which its config ties it.",
-            f'load it with tie_word_embeddings=False, or keep both: skip=["{row.name}", "{source.name}"]',
+            f"The checkpoint holds other values for {row.name} than for {other.name}; its config ties the two.",
+            f'load it with tie_word_embeddings=False, or keep both: skip=["{row.name}", "{other.name}"]',
         )

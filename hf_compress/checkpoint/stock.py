@@ -27,16 +27,20 @@ LOADER_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, 
 """What transformers raises for files or configs that don't fit together."""
 
 
-def load_complete(architecture: type[PreTrainedModel], source: Any, **options: Any) -> PreTrainedModel:
+def load_complete(
+    architecture: type[PreTrainedModel], source: Any, *, closed: bool = False, **options: Any
+) -> PreTrainedModel:
     """`from_pretrained`, refusing a model of which any weight is missing or of another shape.
 
     Args:
         architecture: The model's class.
         source: Directory or id, or None with `state_dict`.
+        closed: Whether weights that the model has no place for are refused too.
         **options: Further arguments of `from_pretrained`.
 
     Raises:
         IncompleteLoadError: Weights are missing (they would be random) or have other shapes.
+        CorruptCheckpointError: There are weights that the model has no place for.
     """
     with torch.random.fork_rng(devices=[]):
         model, info = architecture.from_pretrained(
@@ -50,6 +54,12 @@ def load_complete(architecture: type[PreTrainedModel], source: Any, **options: A
                 f"{listed(names)} ({len(names)} in all). They would be random.",
                 "load a complete checkpoint of this architecture",
             )
+    unexpected = sorted(info["unexpected_keys"]) if closed else []
+    if unexpected:
+        raise CorruptCheckpointError(
+            f"The checkpoint holds {listed(unexpected)}, for which {architecture.__name__} has no place.",
+            "save the model again",
+        )
     loaded: PreTrainedModel = model
     return loaded
 

@@ -45,9 +45,9 @@ def command(
 def _overview(output: Output, found: Capabilities) -> None:
     """Recipes by kind of weight."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("recipe", *found.kinds)
+    table = Table("recipe", *(Column(kind, overflow="fold") for kind in found.kinds), padding=0)
     for recipe in found.recipes:
         table.add_row(recipe.name, *(found.summary(recipe.name, kind) for kind in found.kinds))
     console = Console(width=shutil.get_terminal_size((120, 24)).columns, color_system=None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import ConfigError, OutputExistsError
+from ..core.errors import ConfigError, EvaluationDataError, OutputExistsError
 from ..core.registry import METHODS
 from . import options
 from .output import Output
@@ -115,7 +115,12 @@ def _compare(
     from ..evaluation.data_files import read_data
 
     rows = None if data is None else read_data(data)
-    processor, _ = processor_of(model)
+    processor, problem = processor_of(model)
+    if rows is not None and problem is not None:
+        raise EvaluationDataError(
+            f"The tokenizer or processor of {model} can't be read: {problem}",
+            "copy tokenizer.json and tokenizer_config.json of the original model into its directory",
+        )
     with output.progress("Comparing") as advance:
         return compare(
             model,

@@ -132,7 +132,7 @@ def _quantize(
     processor, problem = processor_of(model)
     with output.status("Saving and proving"):
         proof = save(quantized, out, tokenizer=processor, overwrite=overwrite)
-    notes = (*forecast.notes, *([problem] if problem else []))
+    notes = (*forecast.notes, *([f"the tokenizer or processor was not saved: {problem}"] if problem else []))
     _show(output, forecast, out, proof, processor, notes)
 
 
@@ -177,7 +177,7 @@ def processor_of(model: str) -> tuple[Any, str | None]:
     try:
         return AutoProcessor.from_pretrained(model), None
     except (OSError, ValueError, ImportError) as error:
-        return None, f"the tokenizer or processor was not saved: {' '.join(str(error).split())}"
+        return None, " ".join(str(error).split())
 
 
 def _has(model: str, name: str) -> bool:

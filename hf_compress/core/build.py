@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -25,6 +25,8 @@ from .plan import Plan, PlanRow, dtype_name, row_of
 from .rules import Decision, resolve
 from .weights import Role, Weight, WeightKind, kept_in_float32, list_weights, small_parameters
 
+_LINEAR = (WeightKind.LINEAR, WeightKind.CONV1D)
+
 
 def build_plan(
     model: nn.Module, config: QuantConfig, input_ranks: Mapping[str, AbstractSet[int]] | None = None
@@ -35,7 +37,8 @@ def build_plan(
         model: The model; the meta device will do.
         config: The request.
         input_ranks: Dimensions of the inputs of each linear module, by module path; methods that quantize
-            activations leave linears with other than 3-D inputs weight-only. None when not known.
+            activations leave linears with other than 3-D inputs weight-only. None when not known. Not needed for
+            plain modules, which no stock reader runs.
 
     Raises:
         NothingToQuantizeError, CoverageError, GroupSizeError, TiedWeightsError, FormatError, PatternError, RuleError:
@@ -43,7 +46,8 @@ def build_plan(
     """
     weights = list_weights(model)
     decisions = resolve(config.fields, weights)
-    rows = tuple(_row(weight, decisions[weight.name], config, input_ranks) for weight in weights)
+    per_token = _per_token(model, input_ranks)
+    rows = tuple(_row(weight, decisions[weight.name], config, per_token) for weight in weights)
     if config.load_dtype is not None:
         kept = kept_in_float32(model, config.load_dtype)
         rows = tuple(_left_in_float32(row) if kept(row.key) else row for row in rows)
@@ -56,7 +60,7 @@ def build_plan(
         format="guarded",
         rows=rows,
         small_parameters=small_parameters(model),
-        notes=_notes(config, input_ranks),
+        notes=_notes(config, rows, unknown=input_ranks is None and isinstance(model, PreTrainedModel)),
     )
     if not isinstance(model, PreTrainedModel):
         return _plain(plan, config.fields.format)
@@ -77,19 +81,19 @@ def _plain(plan: Plan, wanted: str) -> Plan:
     return plan
 
 
-def _notes(config: QuantConfig, ranks: Mapping[str, AbstractSet[int]] | None) -> tuple[str, ...]:
-    """The method's remarks, and what could not be found out."""
+def _notes(config: QuantConfig, rows: Sequence[PlanRow], unknown: bool) -> tuple[str, ...]:
+    """The method's remarks, and that input ranks are unknown where the scheme of a row depends on them."""
     notes = config.spec.notes(config.fields) if config.spec.notes is not None else ()
-    if config.spec.quantizes_activations and ranks is None:
-        return (*notes, "input shapes could not be traced: only layers inside a stack of blocks get quantized inputs")
+    depends = any(row.kind in _LINEAR and row.quantization is not None for row in rows)
+    if unknown and depends and config.spec.quantizes_activations:
+        what = "input shapes could not be traced: only linear layers inside a stack of blocks get quantized inputs"
+        return (*notes, what)
     return notes
 
 
-def _row(
-    weight: Weight, decision: Decision, config: QuantConfig, ranks: Mapping[str, AbstractSet[int]] | None
-) -> PlanRow:
+def _row(weight: Weight, decision: Decision, config: QuantConfig, per_token: Callable[[str], bool]) -> PlanRow:
     """The plan's row for one weight."""
-    made = decision.reason if decision.keep else _scheme(weight, decision, config, ranks)
+    made = decision.reason if decision.keep else _scheme(weight, decision, config, per_token)
     role_out = weight.role in (Role.HEAD, Role.EMBEDDING)
     return row_of(weight, made, decision.reason, in_scope=not (role_out and isinstance(made, str)))
 
@@ -102,7 +106,7 @@ def _left_in_float32(row: PlanRow) -> PlanRow:
 
 
 def _scheme(
-    weight: Weight, decision: Decision, config: QuantConfig, ranks: Mapping[str, AbstractSet[int]] | None
+    weight: Weight, decision: Decision, config: QuantConfig, per_token: Callable[[str], bool]
 ) -> schemes.Scheme | torch.dtype | str:
     """The scheme of a weight that rules leave in scope, or why it is kept."""
     if not weight.dtype.is_floating_point:
@@ -119,16 +123,22 @@ def _scheme(
     made = config.spec.scheme(fields, weight)
     if not isinstance(made, schemes.Scheme) or made.input_activations is None:
         return made
-    if weight.kind not in (WeightKind.LINEAR, WeightKind.CONV1D) or _per_token(weight.module, ranks):
+    if weight.kind not in _LINEAR or per_token(weight.module):
         return made
     return schemes.scheme(schemes.weight_args(8, "channel", symmetric=True))
 
 
-def _per_token(module: str, ranks: Mapping[str, AbstractSet[int]] | None) -> bool:
-    """Whether a linear's inputs are (batch, tokens, features); when not known, only inside a stack of blocks."""
+def _per_token(model: nn.Module, ranks: Mapping[str, AbstractSet[int]] | None) -> Callable[[str], bool]:
+    """Whether the inputs of the linear at a path get one scale per token.
+
+    Stock readers do so for (batch, tokens, features) only, which is taken to hold inside a stack of blocks when ranks
+    are not known; the proof of a checkpoint finds the exceptions. Plain modules are read by this package alone.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return lambda path: True
     if ranks is None:
-        return any(part.isdigit() for part in module.split("."))
-    return ranks.get(module, {3}) == {3}
+        return lambda path: any(part.isdigit() for part in path.split("."))
+    return lambda path: ranks.get(path, {3}) == {3}
 
 
 def _with_settings(config: QuantConfig, weight: Weight, decision: Decision) -> QuantFields:
@@ -206,7 +216,7 @@ def _follow(row: PlanRow, source: PlanRow, decision: Decision) -> PlanRow:
         f"{row.name} shares its values with {source.name}: one is planned as {row.scheme} ({row.reason}), the other "
         f"as {source.scheme} ({source.reason}). A tied weight is stored once.",
         f'keep both: skip=["{row.name}", "{source.name}"]{table} and no rule for {row.name}, or untie them with '
-        "tie_word_embeddings=False",
+        "tie_word_embeddings=False (of a plain module: give each its own parameter)",
     )
 
 

@@ -126,6 +126,12 @@ class PackedWeightError(HFCompressError, RuntimeError):
     code = "HFC408"
 
 
+class RowError(HFCompressError, IndexError):
+    """A row was looked up that a packed embedding table does not have."""
+
+    code = "HFC409"
+
+
 class CalibrationError(HFCompressError, ValueError):
     """Calibration data is missing, empty, too short, or given twice."""
 

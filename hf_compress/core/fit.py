@@ -42,10 +42,11 @@ def fit(plan: Plan, wanted: str, min_coverage: float) -> Plan:
         trimmed = _without(plan, refusals[name], name, min_coverage)
         if trimmed is not None and not _refusals(trimmed, name):
             return _adapted(trimmed, name)
-    first = refusals[candidates[0]]
-    rows = [row for row in plan.quantized if row.name in first]
-    if wanted == "auto" and all(_unknown_to_stock(row) for row in rows):
-        return _adapted(plan, "guarded")
+    if wanted == "auto":
+        known = _known_to_stock(plan)
+        refusals = {name: _refusals(known, name) for name in candidates}
+        if not all(refusals.values()):
+            return _adapted(plan, "guarded")
     closest = min(candidates, key=lambda name: len(refusals[name]))
     raise _refusal(plan, closest, refusals[closest])
 
@@ -95,6 +96,12 @@ def _adapted(plan: Plan, name: str) -> Plan:
     layout = FORMATS.get(name)
     rows = tuple(row if row.quantization is None else layout.adapted(row) for row in plan.rows)
     return plan.model_copy(update={"format": name, "rows": rows})
+
+
+def _known_to_stock(plan: Plan) -> Plan:
+    """The plan without what no stock format has a place for."""
+    rows = (_kept(row, "no stock format") if _unknown_to_stock(row) else row for row in plan.rows)
+    return plan.model_copy(update={"rows": tuple(rows)})
 
 
 def _unknown_to_stock(row: PlanRow) -> bool:

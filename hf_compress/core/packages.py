@@ -7,7 +7,7 @@ from types import ModuleType
 
 from .errors import BackendError, first_line
 
-EXTRAS = {"bitsandbytes": "bnb", "torchao": "torchao"}
+EXTRAS = {"bitsandbytes": "bnb", "torchao": "torchao", "matplotlib": "eval"}
 """The extra of this package that installs each."""
 
 IMPORT_ERRORS = (
@@ -17,18 +17,19 @@ IMPORT_ERRORS = (
 """What packages that don't fit the machine raise while they are imported."""
 
 
-def require(package: str) -> ModuleType:
-    """Import an optional package.
+def require(module: str) -> ModuleType:
+    """Import an optional package, or a module of one.
 
     Args:
-        package: Its import name.
+        module: Its import name.
 
     Raises:
         BackendError: It is not installed, or is broken; says how to install it and why it failed.
     """
+    package = module.partition(".")[0]
     command = f'pip install "hf-compress[{EXTRAS.get(package, package)}]"'
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except IMPORT_ERRORS as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise BackendError(f"The package {package!r} is not installed.", command) from error

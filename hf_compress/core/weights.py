@@ -14,12 +14,18 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .errors import listed
+
+PACKED_SUFFIXES = ("packed", "scale", "zero_point", "codebook")
+"""Of the buffers that a packed parameter becomes."""
 
 
 class WeightKind(StrEnum):
@@ -66,6 +72,8 @@ class Weight:
             kernel's; else empty.
         stays_float32: Whether stock quantizers leave its module alone, as one that this architecture wants in float32
             (T5's `wo`).
+        token_inputs: Whether its module multiplies it with inputs that can be quantized per token: linear layers, and
+            `nn.LSTM` and `nn.GRU` with PyTorch's own forward, which ours can then replace step by step.
         unpackable: Why its module can't work with a packed weight, or empty.
     """
 
@@ -82,6 +90,7 @@ class Weight:
     parts: tuple[str, ...] = ()
     kernel: tuple[int, ...] = ()
     stays_float32: bool = False
+    token_inputs: bool = False
     unpackable: str = ""
 
     @property
@@ -160,18 +169,41 @@ def _describe(path: str, module: nn.Module, parameter: str, value: nn.Parameter,
         transposed=transposed,
         dtype=value.dtype,
         kernel=kernel,
-        unpackable=_unpackable(module, kind),
+        token_inputs=_token_inputs(module, kind),
+        unpackable=_unpackable(module, kind) or _taken(module, parameter),
     )
+
+
+def _token_inputs(module: nn.Module, kind: WeightKind) -> bool:
+    """Whether a module's inputs can be quantized per token."""
+    if kind is WeightKind.RECURRENT:
+        return type(module).forward in (nn.LSTM.forward, nn.GRU.forward)
+    # nn.MultiheadAttention reads the weight of its output layer, and never calls that layer.
+    return kind in (WeightKind.LINEAR, WeightKind.CONV1D) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _taken(module: nn.Module, parameter: str) -> str:
+    """Which of the names that packing would give to buffers a module has already, or empty."""
+    wanted = (*PACKED_SUFFIXES, "shape")  # compressed-tensors stores the shape beside the codes
+    taken = {f"{parameter}_{suffix}" for suffix in wanted}.intersection(dir(module))
+    return f"{type(module).__name__} has its own {min(taken)}, a name that packing would take" if taken else ""
 
 
 def _unpackable(module: nn.Module, kind: WeightKind) -> str:
     """Why a module can't work with a packed weight, or empty."""
     owner = type(module).__name__
+    if kind is WeightKind.RECURRENT:
+        dtypes = {str(value.dtype).removeprefix("torch.") for value in module.parameters(recurse=False)}
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(dtypes))
+            return f"{owner} has parameters of different data types ({names}), which its forward refuses"
     if isinstance(module, nn.Embedding) and kind is WeightKind.EMBEDDING:
         if module.max_norm is not None:
             return f"max_norm={module.max_norm} makes {owner} rescale rows of its table while it looks them up"
         if len(inspect.signature(type(module).forward).parameters) != 2:
             return f"{owner}.forward does not take row numbers alone, which no reader of quantized tables allows for"
+        if module._buffers:
+            return f"{owner} has {listed(module._buffers)} beside its table, which readers of quantized tables lose"
     if isinstance(module, nn.EmbeddingBag):
         return f"{owner} sums rows of its table inside PyTorch, which needs it dense"
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):

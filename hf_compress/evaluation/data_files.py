@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from ..core.errors import EvaluationDataError
@@ -13,6 +14,8 @@ Row = tuple[int, object, object]
 """Line number, text, label (None if there is none), not yet checked."""
 
 _FORMS = "one text per line (.txt), objects with text and label (.jsonl), or a header with text and label (.csv, .tsv)"
+_LABEL_DIGITS = 9
+_QUOTE = "quote texts that hold a delimiter or quote"
 
 
 def read_data(path: str | Path) -> list[str] | list[tuple[str, int]]:
@@ -61,7 +64,7 @@ def _objects(file: Path) -> Iterator[Row]:
     for number, line, _ in _lines(file):
         try:
             value = json.loads(str(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # deep nesting; integers of thousands of digits
             raise EvaluationDataError(
                 f"{file}, line {number} is no JSON: {error}.", '{"text": "...", "label": 0}'
             ) from None
@@ -76,22 +79,37 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Row]]:
     def read(file: Path) -> Iterator[Row]:
         """The rows below a header; texts may be quoted and span lines."""
         with file.open(encoding="utf-8-sig", newline="") as opened:
-            rows = csv.DictReader(opened, delimiter=delimiter, strict=True)
+            rows = csv.reader(opened, delimiter=delimiter, strict=True)
             try:
-                if "text" not in (rows.fieldnames or ()):
-                    raise EvaluationDataError(
-                        f"{file} has the columns {', '.join(rows.fieldnames or ()) or 'none'}, and none is text.",
-                        f"a first line such as text{delimiter!r}label".replace("'", ""),
-                    )
-                for row in rows:
+                header = _header(file, next(rows, []), delimiter)
+                for cells in rows:
+                    if not cells:
+                        continue
+                    if len(cells) > len(header):
+                        raise EvaluationDataError(
+                            f"{file}, line {rows.line_num} has {len(cells)} columns, the header {len(header)}.",
+                            _QUOTE,
+                        )
+                    row = dict(zip_longest(header, cells))
                     yield rows.line_num, row["text"], row.get("label")
             except csv.Error as error:
-                raise EvaluationDataError(
-                    f"{file}, line {rows.line_num} is malformed: {error}.",
-                    "quote texts that hold a delimiter or quote",
-                ) from None
+                raise EvaluationDataError(f"{file}, line {rows.line_num} is malformed: {error}.", _QUOTE) from None
 
     return read
+
+
+def _header(file: Path, columns: list[str], delimiter: str) -> list[str]:
+    """Names of columns: each once, and text among them."""
+    if "text" not in columns:
+        raise EvaluationDataError(
+            f"{file} has the columns {', '.join(columns) or 'none'}, and none is text.",
+            f"a first line such as text{delimiter!r}label".replace("'", ""),
+        )
+    if twice := [name for name in ("text", "label") if columns.count(name) > 1]:
+        raise EvaluationDataError(
+            f"{file}, line 1 has the column {twice[0]} {columns.count(twice[0])} times.", "name every column once"
+        )
+    return columns
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -110,11 +128,10 @@ def _text(file: Path, line: int, text: object) -> str:
 
 def _label(file: Path, line: int, label: object) -> int:
     """An integer from 0, which CSV gives as digits."""
-    if isinstance(label, int) and not isinstance(label, bool):
-        return label
-    if isinstance(label, str) and label.strip().isascii() and label.strip().isdecimal():
-        return int(label)
+    digits = str(label).strip() if isinstance(label, str) or type(label) is int else ""
+    if digits.isascii() and digits.isdecimal() and len(digits) <= _LABEL_DIGITS:
+        return int(digits)
     raise EvaluationDataError(
-        f"{file}, line {line}: the label is {label!r}, no integer.",
+        f"{file}, line {line}: the label is {repr(label)[:40]}, no integer from 0.",
         "integers from 0, in the order of the model's id2label",
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BackendError, first_line
+from ..core.packages import require
 from .comparison import ORIGINAL, Panel, Standing
 
 PIXELS = (1800, 800)
@@ -40,13 +39,7 @@ def require_matplotlib() -> None:
         BackendError: matplotlib is absent or broken.
     """
     for name in ("figure", "backends.backend_agg"):
-        try:
-            importlib.import_module(f"matplotlib.{name}")
-        except (ImportError, OSError, AttributeError, RuntimeError) as error:
-            raise BackendError(
-                f"The picture needs matplotlib, which can't be imported: {first_line(error)}.",
-                'pip install "hf-compress[eval]"',
-            ) from error
+        require(f"matplotlib.{name}")
 
 
 def draw(panels: Sequence[Panel], title: str) -> Any:

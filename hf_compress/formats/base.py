@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import CorruptCheckpointError
-from ..core.plan import Plan, PlanRow
+from ..core.plan import DTYPES, Plan, PlanRow
 from ..core.registry import FORMATS
+from ..core.weights import PACKED_SUFFIXES
 from ..modules.packed import Layout, PackedTensor
-from ..modules.swap import SUFFIXES, PackedModule, packed_modules, packed_tensor
+from ..modules.swap import PackedModule, packed_modules, packed_tensor
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def encode_model(model: nn.Module, plan: Plan, layout: CheckpointFormat) -> dict
     rows = {(row.module, row.parameter): row for row in plan.quantized}
     for path, part in model.named_modules(remove_duplicate=False):
         names = part.hfc_layouts if isinstance(part, PackedModule) else ()
-        for key in [f"{name}_{suffix}" for name in names for suffix in SUFFIXES]:
+        for key in [f"{name}_{suffix}" for name in names for suffix in PACKED_SUFFIXES]:
             state.pop(f"{path}.{key}" if path else key, None)
     for path, module in packed_modules(model):
         for name in module.hfc_layouts:
@@ -124,7 +125,7 @@ def take(tensors: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def checked(row: PlanRow, packed: PackedTensor, expected: Mapping[str, tuple[int, ...]]) -> PackedTensor:
-    """The packed weight, if codes and scale have the types, and the shapes that the plan implies.
+    """The packed weight, if its parts have the types and shapes that the plan implies, and finite values.
 
     Raises:
         CorruptCheckpointError: They don't.
@@ -135,6 +136,7 @@ def checked(row: PlanRow, packed: PackedTensor, expected: Mapping[str, tuple[int
             "floating-point numbers.",
             "save it again",
         )
+    _check_sides(row, packed)
     seen = {"codes": tuple(packed.codes.shape), "scale": tuple(packed.scale.shape)}
     if packed.zero_point is not None:
         seen["zero_point"] = tuple(packed.zero_point.shape)
@@ -146,6 +148,47 @@ def checked(row: PlanRow, packed: PackedTensor, expected: Mapping[str, tuple[int
                 f"The {part} of {row.name} have shape {seen[part]}, the plan says {shape}.", "save it again"
             )
     return packed
+
+
+def _check_sides(row: PlanRow, packed: PackedTensor) -> None:
+    """Refuse zero points and codebooks of other types than this package writes, and values that are not finite."""
+    for part, value, dtype in (
+        ("zero_point", packed.zero_point, torch.int8),
+        ("codebook", packed.codebook, torch.float32),
+    ):
+        if value is not None and value.dtype != dtype:
+            raise CorruptCheckpointError(
+                f"The {part} of {row.name} are {value.dtype}, expected {dtype}.", "save it again"
+            )
+    for part, value in (("scale", packed.scale), ("codebook", packed.codebook)):
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise CorruptCheckpointError(f"The {part} of {row.name} holds NaN or infinite values.", "save it again")
+
+
+def floating_types(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
+    """Data types of the floating-point tensors of a checkpoint but codebooks, which are float32 in any model."""
+    return {
+        value.dtype
+        for name, value in tensors.items()
+        if value.is_floating_point() and not name.endswith(f"_{PACKED_SUFFIXES[3]}")
+    }
+
+
+def check_scale_type(row: PlanRow, packed: PackedTensor, found: set[torch.dtype]) -> None:
+    """Refuse a scale of another type than its row's, unless the whole model was moved to that type after packing.
+
+    Args:
+        row: The row.
+        packed: Its packed weight.
+        found: What `floating_types` says of the checkpoint.
+
+    Raises:
+        CorruptCheckpointError: It has another type.
+    """
+    if packed.scale.dtype != DTYPES[row.dtype] and len(found) > 1:
+        raise CorruptCheckpointError(
+            f"The scale of {row.name} is {packed.scale.dtype}, the plan says {row.dtype}.", "save it again"
+        )
 
 
 def format_of(plan: Plan) -> CheckpointFormat:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..core import scheme as schemes
 from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
+from ..core.weights import PACKED_SUFFIXES
 from ..modules.packed import PackedTensor, words_shape
-from ..modules.swap import SUFFIXES
 from .base import Limits, checked, integers_and_sides, layout_of, take
 
 GUARD = "hf_compress-guarded"
@@ -61,7 +61,7 @@ class GuardedFormat:
         if row.tied_to is not None:
             return {}
         parts = (packed.codes, packed.scale, packed.zero_point, packed.codebook)
-        named = zip(SUFFIXES, parts, strict=True)
+        named = zip(PACKED_SUFFIXES, parts, strict=True)
         return {f"{row.key}_{suffix}": value for suffix, value in named if value is not None}
 
     def decode(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:

@@ -18,6 +18,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from ..core import scheme as schemes
+from ..core.errors import RowError
 from ..core.registry import Quantized
 
 CHUNK = 1 << 15
@@ -97,13 +98,16 @@ class PackedTensor:
             index: Row numbers, of any shape.
 
         Raises:
-            IndexError: A row does not exist.
+            RowError: A row does not exist.
         """
         count, columns = self.layout.shape
         flat = index.reshape(-1)
         low, high = (int(flat.min()), int(flat.max())) if flat.numel() else (0, 0)
         if low < 0 or high >= count:
-            raise IndexError(f"row {low if low < 0 else high} was looked up in a table of {count} rows")
+            raise RowError(
+                f"Row {low if low < 0 else high} was looked up in a packed embedding table of {count} rows.",
+                f"look up rows 0 to {count - 1}; check that the tokenizer belongs to the model",
+            )
         picked = replace(self.layout, shape=(flat.numel(), columns))
         zero_point = None if self.zero_point is None else self.zero_point[flat]
         found = PackedTensor(picked, self.codes[flat], self.scale[flat], zero_point, self.codebook)

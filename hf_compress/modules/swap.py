@@ -8,6 +8,8 @@ property of the parameter's name gives the dense values on demand. The reference
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -20,14 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
+from ..core.weights import PACKED_SUFFIXES
 from . import recurrent
-from .kernels.int_mm import int8_linear
 from .kernels.protocol import Kernel
 from .lazy import LazyWeight, dense, refusal
 from .packed import Layout, PackedTensor
-
-SUFFIXES = ("packed", "scale", "zero_point", "codebook")
-"""Of the buffers that a packed parameter becomes."""
 
 
 class PackedModule(nn.Module):
@@ -36,10 +35,12 @@ class PackedModule(nn.Module):
     Attributes:
         hfc_layouts: Layout of each packed parameter, by attribute name.
         hfc_kernel: The kernel that replaces the reference forward, or None.
+        hfc_input: Name of the first parameter of the original forward; that of a packed `weight` is its input.
     """
 
     hfc_layouts: dict[str, Layout]
     hfc_kernel: Kernel | None
+    hfc_input: str
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to replace a packed parameter."""
@@ -52,16 +53,30 @@ class PackedModule(nn.Module):
         inputs = self.hfc_layouts["weight"].scheme.input_activations if "weight" in self.hfc_layouts else None
         if inputs is None:
             return super().forward(*args, **kwargs)
-        value, *rest = args or (kwargs.pop(next(iter(kwargs))),)
-        if self.hfc_kernel is not None and value.ndim == 3 and runs_kernel(value):
+        value = args[0] if args else kwargs.get(self.hfc_input)
+        if not isinstance(value, Tensor) or value.ndim == 0:  # the original forward says what is wrong
+            return super().forward(*args, **kwargs)
+        if self.hfc_kernel is not None and len(args) + len(kwargs) == 1 and runs_kernel(self, value):
             return self.hfc_kernel.run(self, value)
-        return super().forward(_quantized_input(value, inputs, self), *rest, **kwargs)
+        quantized = _quantized_input(value, inputs, self)
+        if args:
+            return super().forward(quantized, *args[1:], **kwargs)
+        return super().forward(**{**kwargs, self.hfc_input: quantized})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        """Move or cast; weights shared with another module stay shared once both have been moved."""
+        """Move or cast; weights shared with another module stay shared once both have been moved.
+
+        Codebooks are only moved: they are float32 in models of any type.
+        """
+        names = [f"{name}_{PACKED_SUFFIXES[3]}" for name in self.hfc_layouts]
+        tables = {name: table for name in names if (table := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, table in tables.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != table.dtype:
+                self._buffers[name] = table.to(moved.device)
         for name, (peer, other) in vars(self).get("hfc_shared", {}).items():
-            for suffix in SUFFIXES:
+            for suffix in PACKED_SUFFIXES:
                 mine, theirs = self._buffers.get(f"{name}_{suffix}"), peer._buffers.get(f"{other}_{suffix}")
                 if mine is not None and theirs is not None and _alike(mine, theirs):
                     self._buffers[f"{name}_{suffix}"] = theirs
@@ -93,59 +108,53 @@ class PackedRecurrent(PackedModule):
     def flatten_parameters(self) -> None:
         """Packed weights are not laid out for cuDNN."""
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward on dequantized weights, or the same step by step where inputs are quantized."""
         if not any(layout.scheme.input_activations for layout in self.hfc_layouts.values()):
-            return super().forward(input, hx)
+            return super().forward(*args, **kwargs)
+        return self._stepwise(*args, **kwargs)
+
+    def _stepwise(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """The forward of `nn.LSTM` and `nn.GRU` with quantized inputs, under its own parameter names."""
         data = input.data if isinstance(input, PackedSequence) else input
         states = hx if isinstance(hx, tuple) else (hx,)
-        integers = self.hfc_kernel is not None and runs_kernel(data, *(one for one in states if one is not None))
-        return run_recurrent(self, input, hx, integers)
+        if self.hfc_kernel is not None and runs_kernel(self, data, *(one for one in states if one is not None)):
+            return self.hfc_kernel.run(self, input, hx)
+        return recurrent.run(self, input, hx, partial(recurrent_product, self))  # type: ignore[arg-type]
 
 
-def run_recurrent(module: Any, value: Tensor | PackedSequence, hx: Any, integers: bool) -> tuple[Any, Any]:
-    """The forward of a packed `nn.LSTM` or `nn.GRU` with quantized inputs.
-
-    Args:
-        module: The layer.
-        value: Its input.
-        hx: Its initial states, or None.
-        integers: Whether products run in integers; else inputs and weights are quantized and dequantized.
-    """
-    return recurrent.run(module, value, hx, partial(_product, module, integers))
-
-
-def _product(module: PackedModule, integers: bool, name: str, bias: str | None) -> recurrent.Product:
-    """The product with one weight of a recurrent layer. Weights are dequantized once per forward, not per step."""
+def recurrent_product(module: PackedModule, name: str, bias: str | None) -> recurrent.Product:
+    """The reference product with one weight of a recurrent layer, dequantized once per forward, not per step."""
     offset = None if bias is None else module.get_parameter(bias)
     layout = module.hfc_layouts.get(name)
     inputs = None if layout is None else layout.scheme.input_activations
-    if inputs is not None and integers:
-        packed = packed_tensor(module, name)
-        scale = packed.scale.view(-1)
-        return lambda tokens: int8_linear(tokens, packed.codes, scale, offset)
     weight = dense(getattr(module, name))
     if inputs is None:
         return lambda tokens: functional.linear(tokens, weight, offset)
-    # Two dimensions would get one scale for all of them.
-    return lambda tokens: functional.linear(
-        _quantized_input(tokens.unsqueeze(0), inputs, module).squeeze(0), weight, offset
-    )
+    return lambda tokens: functional.linear(_quantized_input(tokens, inputs, module), weight, offset)
 
 
-def runs_kernel(*values: Tensor) -> bool:
-    """Whether inputs may take a kernel: float32, no gradient, not being compiled."""
-    differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in values)
+def runs_kernel(module: nn.Module, *values: Tensor) -> bool:
+    """Whether inputs may take a module's kernel: float32, no gradient for them or its biases, not being compiled."""
+    wanted = (*values, *module.parameters(recurse=False))
+    differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in wanted)
     single = all(value.dtype == torch.float32 for value in values)
     return single and not differentiable and not torch.compiler.is_compiling()
 
 
 def _quantized_input(value: Tensor, args: QuantizationArgs, module: nn.Module) -> Tensor:
-    """compressed-tensors' fake quantization of an input; gradients pass straight through the rounding."""
+    """compressed-tensors' fake quantization of an input; gradients pass straight through the rounding.
+
+    Its scale per token is that of (batch, tokens, features). In two dimensions it would span the batch, in four the
+    third one, so inputs of other ranks are given as one batch of tokens: a row never depends on another.
+    """
     if value.numel() == 0:
         return value
-    scale, zero_point = compute_dynamic_scales_and_zp(value=value.detach(), args=args, module=module)
-    rounded = fake_quantize(value.detach(), scale, zero_point, args)
+    given = value.detach()
+    if args.strategy == "token" and value.ndim != 3:
+        given = given.reshape(1, -1, value.shape[-1])
+    scale, zero_point = compute_dynamic_scales_and_zp(value=given, args=args, module=module)
+    rounded = fake_quantize(given, scale, zero_point, args).view(value.shape)
     if torch.is_grad_enabled() and value.requires_grad:
         return value + (rounded - value).detach()
     return rounded
@@ -168,7 +177,7 @@ def pack_module(module: nn.Module, name: str, packed: PackedTensor) -> None:
         vars(module).pop("_flat_weights", None)
         vars(module)["_flat_weight_refs"] = []
     parts = (packed.codes, packed.scale, packed.zero_point, packed.codebook)
-    for suffix, value in zip(SUFFIXES, parts, strict=True):
+    for suffix, value in zip(PACKED_SUFFIXES, parts, strict=True):
         if value is not None:
             module.register_buffer(f"{name}_{suffix}", value)
 
@@ -197,7 +206,7 @@ def unpack_module(module: PackedModule) -> None:
     """Turn a packed module back into its original class, with the dequantized values as parameters."""
     for name in module.hfc_layouts:
         value = packed_tensor(module, name).dense().contiguous()
-        for suffix in SUFFIXES:
+        for suffix in PACKED_SUFFIXES:
             module._buffers.pop(f"{name}_{suffix}", None)
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
     base = _original(type(module))
@@ -214,7 +223,7 @@ def packed_tensor(module: nn.Module, name: str) -> PackedTensor:
     codes, scale = buffers[f"{name}_packed"], buffers[f"{name}_scale"]
     if not isinstance(module, PackedModule) or codes is None or scale is None:
         raise TypeError(f"{type(module).__name__}.{name} is not packed")
-    zero_point, codebook = (buffers.get(f"{name}_{suffix}") for suffix in SUFFIXES[2:])
+    zero_point, codebook = (buffers.get(f"{name}_{suffix}") for suffix in PACKED_SUFFIXES[2:])
     return PackedTensor(module.hfc_layouts[name], codes, scale, zero_point, codebook)
 
 
@@ -228,7 +237,13 @@ def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
     """The subclass of `base` whose attributes `names` are packed."""
     properties = {name: property(_reader(name)) for name in names}
     kind = PackedRecurrent if issubclass(base, nn.RNNBase) else PackedModule
-    return type(base.__name__, (kind, base), {**properties, "hfc_base": base, "__module__": base.__module__})
+    facts = {"hfc_base": base, "hfc_input": _first_parameter(base), "__module__": base.__module__}
+    return type(base.__name__, (kind, base), {**properties, **facts})
+
+
+def _first_parameter(kind: type[nn.Module]) -> str:
+    """The name of the first parameter of a class's forward, or empty."""
+    return next(itertools.islice(inspect.signature(kind.forward).parameters, 1, None), "")
 
 
 def _original(kind: type[nn.Module]) -> type[nn.Module]:

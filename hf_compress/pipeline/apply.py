@@ -53,13 +53,21 @@ def pack_weight(row: PlanRow, parameter: Tensor, method: str) -> tuple[PackedTen
     except WeightValueError as error:
         raise WeightValueError(f"{row.name}: {error.message}", f'{error.fix}, or skip=["{row.name}"]') from None
     if not bool(torch.isfinite(quantized.scale).all()):
-        raise WeightValueError(
-            f"The range of {row.name} is too wide for {quantized.scale.dtype}: a scale overflows.",
-            f'repair the checkpoint, or skip=["{row.name}"] to keep the weight as it is',
-        )
+        raise _too_wide(row, quantized.scale.dtype, "a scale")
     flat = replace(layout, kernel=())
     unpacked = PackedTensor(flat, quantized.codes, quantized.scale, quantized.zero_point, quantized.codebook)
-    return pack(quantized, layout, packed), sqnr_db(weight, unpacked)
+    noise = sqnr_db(weight, unpacked)
+    if noise is not None and math.isnan(noise):
+        raise _too_wide(row, quantized.scale.dtype, "a code times its scale")
+    return pack(quantized, layout, packed), noise
+
+
+def _too_wide(row: PlanRow, dtype: torch.dtype, what: str) -> WeightValueError:
+    """The error for a weight whose packed form would not be finite."""
+    return WeightValueError(
+        f"The range of {row.name} is too wide for {dtype}: {what} overflows.",
+        f'repair the checkpoint, or skip=["{row.name}"] to keep the weight as it is',
+    )
 
 
 def _canonical(parameter: Tensor, layout: Layout) -> Tensor:
@@ -88,7 +96,7 @@ def check_values(name: str, weight: Tensor) -> None:
 
 
 def sqnr_db(weight: Tensor, packed: PackedTensor) -> float | None:
-    """Signal-to-quantization-noise ratio, 10·log10(Σw² / Σ(w - ŵ)²); None when exact.
+    """Signal-to-quantization-noise ratio, 10·log10(Σw² / Σ(w - ŵ)²); None when exact, NaN when a ŵ is not finite.
 
     Differences are taken in float32, norms in float64.
 
@@ -103,6 +111,8 @@ def sqnr_db(weight: Tensor, packed: PackedTensor) -> float | None:
         noise += float(torch.linalg.vector_norm(dequantize(part).float().sub_(dense), dtype=torch.float64)) ** 2
     if noise == 0.0:
         return None
+    if not math.isfinite(noise):
+        return math.nan
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 

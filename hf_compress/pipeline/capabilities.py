@@ -150,14 +150,22 @@ class Capabilities(BaseModel):
         return sorted({cell.format for cell in cells if cell.compresses(kind)})
 
     def summary(self, recipe: str, kind: str) -> str:
-        """In words: what `auto` writes a kind of weight as, and what else holds it on request."""
-        auto = self.formats(recipe, kind, ["auto"])
+        """In words: what `auto` writes a kind of weight as, and what else holds it on request.
+
+        `guarded` is named only where nothing else is: some models are guarded as a whole for one weight's sake.
+        """
+        every = self.formats(recipe, kind, ["auto"])
+        auto = [name for name in every if name != "guarded"] or every
         others = [name for name in self.formats(recipe, kind) if name not in (*auto, "guarded")]
-        refused = any(
-            cell.recipe == recipe and cell.asked == "auto" and cell.result != "ok" and cell.family in self._with(kind)
+        tried = [
+            cell
             for cell in self.cells
-        )
-        first = " or ".join(auto) or ("refused" if refused else KEPT)
+            if (cell.recipe, cell.asked) == (recipe, "auto") and cell.family in self._with(kind)
+        ]
+        refused = [cell for cell in tried if cell.result != "ok"]
+        first = " or ".join(auto) or KEPT
+        if refused:
+            first = "refused" if len(refused) == len(tried) else f"{first}, or refused"
         return first + (f"; on request {', '.join(others)}" if others else "")
 
     def _with(self, kind: str) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -38,7 +38,7 @@ def named_configs(configs: object) -> dict[str, QuantizationConfigMixin]:
     for name, config in pairs:
         if not isinstance(config, QuantizationConfigMixin):
             raise ConfigError(f"configs has a {type(config).__name__}, which is no configuration.", _EXAMPLE)
-        named[unique_name(config_name(config), named) if name is None else _checked(name)] = config
+        named[unique_name(config_name(config), named) if name is None else _checked(name, named)] = config
     if not named:
         raise ConfigError("There is no configuration to compare.", _EXAMPLE)
     return named
@@ -88,15 +88,19 @@ def _own_parts(config: QuantConfig) -> list[str]:
     return parts + ([str(changed["format"])] if "format" in changed else [])
 
 
-def _checked(name: object) -> str:
-    """A name that a directory can have.
+def _checked(name: object, taken: Iterable[str]) -> str:
+    """A name that a directory can have beside others, on any file system.
 
     Raises:
-        ConfigError: It can't, or is taken by the original.
+        ConfigError: It can't, or is taken by the original, or by another but for upper and lower case.
     """
-    if not isinstance(name, str) or not _POSSIBLE.fullmatch(name) or name == ORIGINAL:
+    if not isinstance(name, str) or not _POSSIBLE.fullmatch(name) or name.lower() == ORIGINAL:
         raise ConfigError(
             f"{name!r} can't be the name of a configuration.",
             f'letters, digits and . _ + -, such as "int4-g64"; {ORIGINAL!r} is the model before',
+        )
+    if same := [other for other in taken if other.lower() == name.lower()]:
+        raise ConfigError(
+            f"{same[0]!r} and {name!r} are one name where file systems ignore case.", f'such as "{name}-2"'
         )
     return name

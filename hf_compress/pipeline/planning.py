@@ -13,6 +13,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTr
 
 from ..checkpoint.handover import plan_of
 from ..checkpoint.inputs import input_ranks
+from ..checkpoint.plain import class_name, is_plain
 from ..checkpoint.stock import architecture_of
 from ..core.build import build_plan
 from ..core.config import QuantConfig
@@ -199,6 +200,11 @@ def model_config(model_id: str | Path) -> PreTrainedConfig:
         )
     if not path.exists() and str(model_id).count("/") > 1:
         raise ModelNotFoundError(f"There is no directory {str(model_id)!r}.", "check the path")
+    if (path / "hf_compress.safetensors").is_file() and is_plain(path):
+        raise AlreadyQuantizedError(
+            f"{str(model_id)!r} holds a plain module, {class_name(path)}, that is compressed already.",
+            f'read it with hf_compress.load("{model_id}", model=...), or compress the original module',
+        )
     try:
         config = AutoConfig.from_pretrained(model_id)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -7,6 +7,7 @@ the `version` of hf_compress that it was written for.
 from __future__ import annotations
 
 import json
+import logging
 import stat
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from packaging.version import InvalidVersion, Version
 from .. import _version
 from ..core.config import QuantConfig
 from ..core.errors import ConfigError, MethodError, first_line, nearest
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 """The packaged recipes."""
@@ -45,6 +48,11 @@ def load_config(name_or_path: str | Path) -> QuantConfig:
     recipe = _read(_find(name_or_path))
     values = recipe.values
     newer = _is_newer(recipe, values.pop("version", None))
+    if values.pop("calibration", None) is not None:
+        raise ConfigError(
+            f"{recipe.place(('calibration',))}: a recipe holds no calibration data.",
+            "remove the key and give the data in Python: calibration=... of the configuration",
+        )
     try:
         made: QuantConfig = QuantConfig.from_dict(values)
     except (ConfigError, MethodError) as error:
@@ -58,6 +66,11 @@ def load_config(name_or_path: str | Path) -> QuantConfig:
                 "pip install --upgrade hf-compress",
             ) from None
         raise ConfigError(f"{place}: {error.message}", error.fix) from None
+    if newer is not None:
+        logger.warning(
+            "%s was written for hf_compress %s, and this is %s: defaults may differ.",
+            *(recipe.file, newer, _version.__version__),
+        )
     return made
 
 

@@ -111,6 +111,25 @@ def test_planned_done_saved_and_loaded(
     stock = getattr(transformers, FAMILIES[family][0]).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(output(stock, inputs), expected)
 
+    for again in (loaded, stock):
+        assert hfc.save(again, tmp_path / "again", overwrite=True, worker=worker).level == "full"
+        assert hfc.verify(tmp_path / "again", worker=worker).level == "full"
+        assert torch.equal(output(hfc.load(tmp_path / "again"), inputs), expected)
+
+
+def test_what_our_own_writer_wrote_and_stock_loaded_saves(
+    dense: Callable[[str], Path], tmp_path: Path, worker: CleanWorker
+) -> None:
+    model = hfc.quantize(dense("llama"), hfc.CodebookQuantConfig(format="bitsandbytes"))
+    hfc.save(model, tmp_path / "ours", worker=worker)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    expected = output(loaded, tiny_inputs(loaded))
+
+    assert hfc.save(loaded, tmp_path / "out", worker=worker).level == "full"
+
+    assert hfc.verify(tmp_path / "out", worker=worker).level == "full"
+    assert torch.equal(output(hfc.load(tmp_path / "out"), tiny_inputs(loaded)), expected)
+
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-double", "nf4-bf16-storage", "int8", "ao-int8"])
 def test_a_model_that_has_run_saves_and_goes_on(

@@ -52,6 +52,23 @@ def test_the_file_is_what_the_prober_writes(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "capabilities.json").read_text(encoding="utf-8") == committed
 
 
+def test_cells_of_other_versions_are_neither_kept_nor_stamped_with_todays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(capabilities, "FILE", tmp_path / "capabilities.json")
+    capabilities.write(FOUND.model_copy(update={"versions": capabilities.versions()}))
+    assert len(capabilities.before()) == len(FOUND.cells)
+    old = FOUND.model_copy(update={"versions": {**capabilities.versions(), "torch": "2.0.0"}})
+    capabilities.write(old)
+    assert capabilities.merged([FOUND.cells[0]]).cells == (FOUND.cells[0],)
+    monkeypatch.setattr("sys.argv", ["capabilities.py", "--recipe", "nf4"])
+    with pytest.raises(SystemExit):
+        capabilities.main()
+    assert "probed with torch 2.0.0; probe everything" in capsys.readouterr().err
+    assert capabilities.read() == old
+    assert capabilities.other_versions(capabilities.keys()) == ""
+
+
 @pytest.mark.parametrize("cell", _sample(), ids=lambda cell: "-".join(cell.key))
 def test_a_cell_is_still_true(cell: Cell, worker: CleanWorker) -> None:
     """A format whose stock reader is not installed here is proven by our own reader only."""

@@ -198,12 +198,20 @@ class Other:
         int8: The same with `Int8DynamicQuantConfig`.
         format: Checkpoint format of both.
         options: Further fields of the configuration.
+        inputs: Shapes of float inputs by name, where none can be made from the model's signature.
     """
 
     int4: dict[str, int]
     int8: dict[str, int]
     format: str = "compressed-tensors"
     options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def example(self) -> list[dict[str, torch.Tensor]] | None:
+        """Inputs of these shapes; None where there are none."""
+        generator = torch.Generator().manual_seed(3)
+        made = {name: torch.randn(shape, generator=generator) for name, shape in self.inputs.items()}
+        return [made] if made else None
 
 
 def encoder(linears: int, weight_only: int, kept: int) -> Other:
@@ -233,6 +241,7 @@ OTHERS = {
         {"kept": 40, "w8a8-dynamic-token": 8},
         "guarded",
         {"min_coverage": 0.5},
+        {"input_values": (1, 1, 320)},
     ),
 }
 SLOW = {
@@ -262,10 +271,10 @@ def check_other(family: str, expected: Other, method: str, worker: CleanWorker, 
     model = hfc.quantize(tiny(family), config)
     assert schemes(model) == getattr(expected, method)
     assert plan_of(model).format == expected.format
-    proof = hfc.save(model, folder / "out", worker=worker)
+    proof = hfc.save(model, folder / "out", worker=worker, inputs=expected.example())
     assert proof.level == "full"
     assert proof.checks
-    loaded, inputs = hfc.load(folder / "out"), example_inputs(model)
+    loaded, inputs = hfc.load(folder / "out"), expected.example() or example_inputs(model)
     with reference_kernels(model), reference_kernels(loaded):
         expected_outputs, outputs = run_inputs(model, inputs), run_inputs(loaded, inputs)
     assert outputs.keys() == expected_outputs.keys()
@@ -291,3 +300,19 @@ def test_parametrized_convolutions_are_named() -> None:
         hfc.plan(tiny("wav2vec2"), hfc.RTNQuantConfig(bits=4, group_size="channel"))
     (minimum,) = re.findall(r"min_coverage=([\d.]+) accepts", caught.value.fix)
     hfc.plan(tiny("wav2vec2"), hfc.RTNQuantConfig(bits=4, group_size="channel", min_coverage=float(minimum)))
+
+
+def test_embedding_with_a_tensor_of_its_own_stays_kept(worker: CleanWorker, tmp_path: Path) -> None:
+    """Gemma's scaled embedding: readers of quantized tables lose its scale."""
+    model = hfc.quantize(tiny("gemma"), hfc.RTNQuantConfig(bits=4, group_size=32, embeddings="int8"))
+    (row,) = (row for row in hfc.inspect(model).plan.rows if row.name == "model.embed_tokens")
+    assert row.scheme == "kept"
+    assert "embed_scale" in row.reason
+    assert hfc.save(model, tmp_path / "out", worker=worker).level == "full"
+
+
+def test_backbone_with_another_attention_than_the_whole(worker: CleanWorker, tmp_path: Path) -> None:
+    """DETR runs sdpa on a ResNet that has eager only: the proof must not ask the same of both."""
+    model = hfc.quantize(tiny("detr"), hfc.CastConfig())
+    assert model.config._attn_implementation != model.config.backbone_config._attn_implementation
+    assert hfc.save(model, tmp_path / "out", worker=worker).level == "full"

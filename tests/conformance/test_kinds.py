@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hf_compress as hfc
-from hf_compress.core.errors import GroupSizeError, NothingToQuantizeError
+from hf_compress.core.errors import GroupSizeError, NothingToQuantizeError, RowError
 from hf_compress.modules.packed import dequantize
 from hf_compress.modules.swap import PackedModule, packed_tensor, unpack_module
 
@@ -190,8 +190,9 @@ def test_rows_beyond_the_table(row: int) -> None:
     asked = torch.tensor([[0, row]])
     with pytest.raises(IndexError):
         original(asked)
-    with pytest.raises(IndexError, match=rf"row {row} .*table of 11 rows"):
+    with pytest.raises(RowError, match=rf"^\[HFC409\] Row {row} .*table of 11 rows.* Fix: ") as caught:
         module(asked)
+    assert isinstance(caught.value, IndexError)
 
 
 def test_rows_beyond_the_table_when_compiled() -> None:
@@ -218,3 +219,15 @@ def test_attention_of_pytorch_reads_its_weights() -> None:
     expected = both[0](value, value, value)[0]
     packed = hfc.quantize(both, config)
     assert float((packed[0](value, value, value)[0] - expected).norm() / expected.norm()) < 0.01
+
+
+@torch.no_grad()
+def test_a_buffer_with_a_name_that_packing_would_take() -> None:
+    """Such a layer stays as it is, and so do its results."""
+    both = build(lambda: nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]))
+    both[0].register_buffer("weight_scale", torch.ones(3))
+    expected = both[0](random(2, 64))
+    packed = hfc.quantize(both, hfc.RTNQuantConfig(min_coverage=0.4))
+    assert torch.equal(packed[0].weight_scale, torch.ones(3))
+    assert torch.equal(packed[0](random(2, 64)), expected)
+    assert isinstance(packed[1], PackedModule)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 from transformers import AutoConfig, AutoModel
 
 import hf_compress as hfc
+from hf_compress.checkpoint.proof import same_bytes
 from hf_compress.checkpoint.worker import CleanWorker
 from hf_compress.core.errors import (
     AlreadyQuantizedError,
@@ -24,6 +29,8 @@ from hf_compress.core.errors import (
     FormatError,
     InputError,
     OutputExistsError,
+    ProofError,
+    TiedWeightsError,
     UnsupportedModelError,
 )
 from hf_compress.modules.kernels.choose import kernel_counts, reference_kernels
@@ -212,7 +219,7 @@ def test_no_skeleton(saved: Path) -> None:
 
 MISFITS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another width": (lambda: Net(hidden=16), UnsupportedModelError, r"other weights:.*rnn.weight_ih_l0"),
-    "another head": (lambda: Net(classes=6), UnsupportedModelError, r"other shapes:.*gain \(6,\) instead of \(5,\)"),
+    "another head": (lambda: Net(classes=6), UnsupportedModelError, r"other forms:.*gain \(6,\) instead of \(5,\)"),
     "lacks a layer": (lambda: nn.Sequential(), UnsupportedModelError, r"it lacks conv.bias"),
     "has more": (
         lambda: nn.ModuleDict({**dict(Net().named_children()), "extra": nn.Linear(2, 2)}),
@@ -245,6 +252,90 @@ def test_skeleton_of_another_kind_of_layer(tmp_path: Path) -> None:
     assert torch.equal(skeleton.weight, before)
 
 
+class Pair(nn.Module):
+    """Two layers, the first of which can be something else."""
+
+    def __init__(self, first: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second = first or nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.second(self.first(value))
+
+
+class BufferedLinear(nn.Module):
+    """A linear layer whose weight is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(8, 8))
+        self.bias = nn.Parameter(torch.zeros(8))
+
+
+class IntegerBias(nn.Linear):
+    """A linear layer with a bias of integers."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, bias=False)
+        del self.bias
+        self.register_buffer("bias", torch.zeros(8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (lambda: nn.LayerNorm(8), r"other weights: first LayerNorm.weight \(8,\) instead of linear \(8, 8\)"),
+        (BufferedLinear, r"other weights: first BufferedLinear.weight \(8, 8\) instead of linear \(8, 8\)"),
+        (lambda: nn.Bilinear(8, 8, 8), r"other weights: first other \(8, 8, 8\) \(Bilinear .*\) instead of linear"),
+        (IntegerBias, r"other forms: first.bias \(8,\) of integers instead of \(8,\)"),
+    ],
+    ids=["one dimension", "a buffer", "another class", "integers"],
+)
+def test_nothing_is_filled_where_a_planned_weight_is_something_else(
+    first: Callable[[], nn.Module], words: str, tmp_path: Path
+) -> None:
+    hfc.save(hfc.quantize(build(kind=Pair), INT4), tmp_path / "out")
+    skeleton = build(kind=lambda: Pair(first()))
+    before = {key: value.clone() for key, value in skeleton.state_dict().items()}
+    with pytest.raises(UnsupportedModelError, match=words):
+        hfc.load(tmp_path / "out", model=skeleton)
+    assert before.keys() == skeleton.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in skeleton.state_dict().items())
+
+
+class Table(nn.Module):
+    """An embedding, and where asked a head that is tied to it."""
+
+    def __init__(self, head: bool = False) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8)
+        if head:
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(self.table(ids))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tied_layer_that_was_not_saved_is_named(device: str, tmp_path: Path) -> None:
+    config = hfc.Int8DynamicQuantConfig(embeddings="int8")
+    hfc.save(hfc.quantize(build(kind=Table), config), tmp_path / "out")
+    with torch.device(device):
+        skeleton = build(kind=Table, head=True)
+    with pytest.raises(UnsupportedModelError, match=r"the checkpoint lacks head.weight"):
+        hfc.load(tmp_path / "out", model=skeleton)
+
+
+def test_a_tied_layer_that_was_saved_is_filled(tmp_path: Path) -> None:
+    config = hfc.Int8DynamicQuantConfig(embeddings="int8")
+    hfc.save(hfc.quantize(build(kind=Table, head=True), config), tmp_path / "out")
+    loaded = hfc.load(tmp_path / "out", model=build(seed=3, kind=Table, head=True))
+    assert loaded.head.weight_packed is loaded.table.weight_packed
+    with pytest.raises(UnsupportedModelError, match=r"it lacks head.weight"):
+        hfc.load(tmp_path / "out", model=build(seed=3, kind=Table))
+
+
 def test_damage_is_found(saved: Path) -> None:
     file = saved / "hf_compress.safetensors"
     tensors = load_file(file)
@@ -257,6 +348,18 @@ def test_damage_is_found(saved: Path) -> None:
     file.write_bytes(b"no safetensors")
     with pytest.raises(CorruptCheckpointError):
         hfc.load(saved, model=build())
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", '"names"', '{"first.bias": 3}', '{"first.bias": "nowhere"}'])
+def test_damaged_names_of_shared_tensors_are_found(text: str, saved: Path) -> None:
+    file = saved / "hf_compress.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, {**metadata, "hf_compress_shared": text})
+    (saved / "hf_compress.json").unlink()
+    for read in (hfc.verify, lambda path: hfc.load(path, model=build())):
+        with pytest.raises(CorruptCheckpointError, match="hf_compress_shared"):
+            read(saved)
 
 
 def test_verify_checks_tensors_and_says_so(saved: Path) -> None:
@@ -277,14 +380,17 @@ def test_verify_checks_tensors_and_says_so(saved: Path) -> None:
     [
         ([torch.ones(3, 7)], "can't run the inputs"),
         ([{"nothing": ids()}], "no argument"),
+        ([(ids(), (ids(),))], r"\['weight'\] must be a tensor, got tuple"),
+        ([{"ids": pack_sequence([ids()[0]])}], r"\['ids'\] must be a tensor, got PackedSequence"),
         ([(ids(), ids(), ids())], "3 inputs were given"),
         ("text", "is text"),
         ([], "non-empty"),
     ],
 )
 def test_bad_inputs(inputs: Any, words: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=words) as caught:
         hfc.save(hfc.quantize(build(), INT4), tmp_path / "out", inputs=inputs)
+    assert "tokenizer" not in caught.value.fix
     assert not (tmp_path / "out").exists()
 
 
@@ -300,9 +406,122 @@ def test_refusals(tmp_path: Path) -> None:
         def get_extra_state(self) -> dict[str, int]:
             return {"steps": 3}
 
-    with pytest.raises(UnsupportedModelError, match="no tensor: _extra_state"):
+    with pytest.raises(UnsupportedModelError, match="no parameter or buffer: _extra_state"):
         hfc.save(hfc.quantize(build(kind=lambda: Odd(8, 8)), INT4), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+UNSTORABLE = {
+    "sparse": torch.eye(3).to_sparse(),
+    "complex128": torch.ones(2, dtype=torch.complex128),
+    "meta": torch.empty(2, device="meta"),
+}
+
+
+@pytest.mark.parametrize("name", UNSTORABLE)
+def test_buffers_that_no_file_holds_are_refused(name: str, tmp_path: Path) -> None:
+    module = build(kind=Pair)
+    module.second.register_buffer("odd", UNSTORABLE[name])
+    with pytest.raises(UnsupportedModelError, match=r"second.odd \("):
+        hfc.save(hfc.quantize(module, INT4), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["sparse", "complex128"])
+def test_such_buffers_can_be_left_out_of_the_state(name: str, tmp_path: Path) -> None:
+    module = build(kind=Pair)
+    module.register_buffer("odd", UNSTORABLE[name], persistent=False)
+    proof = hfc.save(hfc.quantize(module, INT4), tmp_path / "out", inputs=[torch.ones(2, 8)])
+    assert [check.name for check in proof.checks][1:] == ["0.output"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.0, 1j, True, 2**60 + 1])
+def test_any_other_buffer_is_kept_to_the_bit(value: Any, tmp_path: Path) -> None:
+    module = build(kind=Pair)
+    module.register_buffer("odd", torch.tensor(value))
+    hfc.save(hfc.quantize(module, INT4), tmp_path / "out")
+    skeleton = build(seed=3, kind=Pair)
+    skeleton.register_buffer("odd", torch.zeros_like(module.odd))
+    loaded = hfc.load(tmp_path / "out", model=skeleton)
+    assert same_bytes(loaded.odd, module.odd)
+    assert not same_bytes(loaded.odd, torch.zeros_like(loaded.odd))
+
+
+class Answer(nn.Module):
+    """A layer whose outputs come in a form of the caller's choice."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.form = nn.Linear(8, 8), form
+
+    def forward(self, value: Tensor) -> Any:
+        return self.form(self.inner(value))
+
+
+@dataclasses.dataclass
+class Scored:
+    """A result of the user's own."""
+
+    score: Tensor
+    label: str = "a"
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], Any], list[str]]] = {
+    "nested": (lambda made: {"a": (made, [made + 1]), "b": "text"}, ["0.a.0", "0.a.1.0"]),
+    "integers": (lambda made: made.argmax(-1), ["0.output"]),
+    "truth": (lambda made: (made > 0, made), ["0.0", "0.1"]),
+    "a scalar": (lambda made: made.sum(), ["0.output"]),
+    "a number": (lambda made: made.sum().item(), ["0.output"]),
+    "complex": (lambda made: torch.complex(made, made), ["0.output"]),
+    "empty": (lambda made: (made, made[:, :0]), ["0.0", "0.1"]),
+    "a data class": (lambda made: Scored(made), ["0.score"]),
+    "sparse": (lambda made: made.relu().to_sparse(), ["0.output"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_outputs_of_any_form_are_compared(name: str, tmp_path: Path) -> None:
+    form, names = FORMS[name]
+    module = hfc.quantize(build(kind=lambda: Answer(form)), INT4)
+    proof = hfc.save(module, tmp_path / "out", inputs=[torch.ones(2, 8)])
+    assert [check.name for check in proof.checks][1:] == names
+    assert "not compared" not in proof.reason
+
+
+def test_states_of_a_recurrent_layer_are_compared(tmp_path: Path) -> None:
+    value = torch.ones(3, 2, 8)
+    proof = hfc.save(hfc.quantize(build(kind=lambda: nn.LSTM(8, 8)), INT8), tmp_path / "out", inputs=[value])
+    assert [check.name for check in proof.checks][1:] == ["0.0", "0.1.0", "0.1.1"]
+
+
+def test_outputs_without_tensors_are_said_not_to_be_compared(tmp_path: Path) -> None:
+    module = hfc.quantize(build(kind=lambda: Answer(lambda made: {"shape": str(made.shape), "none": None})), INT4)
+    proof = hfc.save(module, tmp_path / "out", inputs=[torch.ones(2, 8)])
+    assert len(proof.checks) == 1
+    assert "outputs were not compared" in proof.reason
+    assert "hold no tensor" in proof.reason
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_outputs_that_differ_deep_inside_are_found(index: int, tmp_path: Path) -> None:
+    """What changes from run to run, as an integer and inside of a nest."""
+    runs = itertools.count()
+    forms = [lambda made: {"a": [made, (made + next(runs),)]}, lambda made: made.argmax(-1) + next(runs)]
+    module = hfc.quantize(build(kind=lambda: Answer(forms[index])), INT4)
+    with pytest.raises(ProofError, match=["0.a.1.0", "0.output"][index]):
+        hfc.save(module, tmp_path / "out", inputs=[torch.ones(2, 8)])
+
+
+def test_a_directory_of_a_plain_module_is_named_as_such(saved: Path) -> None:
+    for run in (hfc.quantize, hfc.plan):
+        with pytest.raises(AlreadyQuantizedError, match=r"holds a plain module, Net"):
+            run(str(saved), INT4)
+
+
+def test_ties_of_a_plain_module_have_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(TiedWeightsError) as caught:
+        hfc.quantize(build(kind=Table, head=True), hfc.Int8DynamicQuantConfig())
+    assert "its own parameter" in caught.value.fix
 
 
 def test_cast(tmp_path: Path) -> None:
@@ -333,6 +552,13 @@ def test_transformers_model_as_skeleton(worker: CleanWorker, tmp_path: Path) -> 
     stock.save_pretrained(tmp_path / "stock")
     with pytest.raises(ConfigError, match="compressed-tensors checkpoint"):
         hfc.load(tmp_path / "stock", model=tiny("llama"))
+
+
+def test_skeleton_of_an_architecture_that_is_stored_under_other_names(tmp_path: Path) -> None:
+    model = hfc.quantize(tiny("vit"), hfc.RTNQuantConfig(bits=4, group_size=32, format="guarded"))
+    model.save_pretrained(tmp_path / "out")
+    assert tensors_on_disk(tmp_path / "out").keys() != model.state_dict().keys()
+    assert same_states(hfc.load(tmp_path / "out", model=tiny("vit")), model)
 
 
 def test_a_module_next_to_its_checkpoint_is_not_needed(saved: Path) -> None:

@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_compress as hfc
+from hf_compress.checkpoint.session import LoadSession
 from hf_compress.checkpoint.worker import CleanWorker
 from hf_compress.core.errors import TiedWeightsError
 from hf_compress.evaluation.size import resident_bytes
 from hf_compress.modules.swap import packed_tensor
+from hf_compress.pipeline.apply import pack_weight
 from tests._utils.tiny import output, tiny, tiny_dir, tiny_inputs
 from tests.conformance.helpers import (
     plan_of,
@@ -185,3 +187,23 @@ def test_stock_loaded_ties_are_packed_once(ran: bool, tmp_path: Path) -> None:
     assert torch.equal(output(packed, inputs), output(model, inputs))
     packed.save_pretrained(tmp_path / "again")
     assert same_states(hfc.load(tmp_path / "again"), model)
+
+
+@pytest.mark.parametrize("order", [("model.embed_tokens", "lm_head"), ("lm_head", "model.embed_tokens")])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_untrue_tie_names_both_whatever_arrives_first(order: tuple[str, str], factor: float) -> None:
+    """Twice the values have the same codes; their scales alone tell them apart."""
+    model = tiny("llama-tied")
+    table = model.model.embed_tokens.weight.detach().clone()
+    session = LoadSession(hfc.plan(model, CONFIGS["int4"]()), lambda row, value: pack_weight(row, value, "rtn"))
+    first, second = order
+    session.receive(model, f"{first}.weight", table)
+    assert one_memory(model, first, second)
+    session.receive(model, f"{second}.weight", table * factor)
+    if factor == 1.0:
+        assert session.failures == []
+        return
+    (failure,) = session.failures
+    assert isinstance(failure, TiedWeightsError)
+    assert f"other values for {second} than for {first}" in failure.message
+    assert f'skip=["{second}", "{first}"]' in failure.fix

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,3 +105,23 @@ def test_causal_lm_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     before, after = numbers(said, r"perplexity ([\d.]+) -> ([\d.]+)")
     assert before < after < 2.5 * before
     assert "A list in Python is" in said
+
+
+def test_examples_run_as_their_docstrings_say() -> None:
+    """From the top of a checkout, without any help from this test's own import path."""
+    root = Path(__file__).resolve().parents[2]
+    for module in (quantize_lstm, quantize_text_classification, quantize_causal_lm):
+        assert module.__doc__ is not None
+        name = module.__name__.rpartition(".")[2]
+        assert f"python -m examples.{name} " in module.__doc__
+        assert (root / "examples" / f"{name}.py").is_file()
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.quantize_text_classification", "--rows", "0", "--out", "x"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--rows 0: there are 1 to 1200" in done.stderr

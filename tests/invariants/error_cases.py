@@ -181,7 +181,14 @@ def edit_row(folder: Path, **values: Any) -> Path:
         rows[0].update(values)
         record.pop("proof", None)
 
-    edit_json(folder / "hf_compress.json", change)
+    return edit_record(folder, change)
+
+
+def edit_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the record of a checkpoint, as if it had been written so: also in the metadata of the weights."""
+    text = edit_json(folder / "hf_compress.json", change).read_text(encoding="utf-8")
+    file = weights_of(folder)
+    save_file(load_file(file), file, metadata={"format": "pt", "hf_compress": text})
     return folder
 
 

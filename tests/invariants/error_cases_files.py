@@ -23,7 +23,7 @@ import hf_compress as hfc
 from hf_compress.checkpoint.worker import CleanWorker
 from hf_compress.core import errors
 
-from .error_cases import Act, Arena, Case, edit_json, edit_row, edit_weights, weights_of
+from .error_cases import Act, Arena, Case, edit_json, edit_record, edit_row, edit_weights, weights_of
 
 LAYER = "model.layers.0.self_attn.q_proj"
 """The first row that is quantized."""
@@ -224,7 +224,7 @@ def weights_scheme(**values: Any) -> Callable[[Arena], Path]:
         rows = [one for one in record["plan"]["rows"] if one["quantization"] is not None]
         rows[0]["quantization"]["weights"].update(values)
 
-    return lambda arena: edit_json(arena.checkpoint() / "hf_compress.json", change).parent
+    return lambda arena: edit_record(arena.checkpoint(), change)
 
 
 def record(change: Callable[[dict[str, Any]], object], name: str = "hf_compress.json") -> Callable[[Arena], Path]:
@@ -252,7 +252,7 @@ def _experts_row(arena: Arena, **values: Any) -> Path:
     def change(record: dict[str, Any]) -> None:
         next(one for one in record["plan"]["rows"] if one["kind"] == "experts").update(values)
 
-    return edit_json(arena.checkpoint("mixtral") / "hf_compress.json", change).parent
+    return edit_record(arena.checkpoint("mixtral"), change)
 
 
 def _no_grid(arena: Arena) -> Path:
@@ -260,7 +260,7 @@ def _no_grid(arena: Arena) -> Path:
         rows = [one for one in record["plan"]["rows"] if one["quantization"] is not None]
         rows[0]["quantization"]["weights"] = None
 
-    return edit_json(arena.checkpoint() / "hf_compress.json", change).parent
+    return edit_record(arena.checkpoint(), change)
 
 
 WRONG_PATHS = (("none", None), ("number", 42))

@@ -60,6 +60,14 @@ def test_result_was_measured_in_full_on_a_quiet_machine(name: str) -> None:
     assert None not in (result.machine.environment.packages["torch"], result.machine.environment.logical_cpus)
 
 
+def test_a_configuration_that_is_not_measured_loses_its_bar() -> None:
+    from benchmarks.bench_data_free import ALL_MEASURED, BARS, peers
+
+    assert ALL_MEASURED in BARS
+    assert ALL_MEASURED.judge(len(peers())).passed
+    assert not ALL_MEASURED.judge(len(peers()) - 1).passed
+
+
 @pytest.mark.parametrize(
     ("at", "value", "passes"), [("most", 2.0, True), ("most", 2.1, False), ("least", 2.0, True), ("least", 1.9, False)]
 )

@@ -58,18 +58,22 @@ def quantize(weight: Tensor, args: QuantizationArgs, codebook: schemes.Codebook)
 
     Returns:
         Codes (int8, positions minus 2^(bits - 1)), absolute maxima of the groups as scales in the weight's data
-        type, and the table. Values are divided in float32 by the scale as it will be stored.
+        type, and the table. Values are divided in float32 by the scale as it will be stored. The scale of a group of
+        zeros is 0 with k-means, else the smallest normal number.
 
     Raises:
         WeightValueError: K-means, and the weight has fewer distinct values than there are codes.
     """
     rows = weight.reshape(-1, weight.shape[-1])
-    scale = _scales(rows, args)
-    table = _learned(rows, scale, args.num_bits) if codebook == "kmeans" else fixed_table(codebook, args.num_bits)
+    largest = _largest(rows, args)
+    divisor = torch.where(largest == 0, torch.finfo(args.scale_dtype or rows.dtype).tiny, largest)
+    learned = codebook == "kmeans"
+    table = _learned(rows, divisor, args.num_bits) if learned else fixed_table(codebook, args.num_bits)
     table = table.to(weight.device)
     codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
-    for part, values, _ in _normalised(rows, scale):
+    for part, values, _ in _normalised(rows, divisor):
         codes[part] = nearest(values, table).flatten(-2)
+    scale = largest if learned else divisor  # a learned table may have no zero: 0 times any value is one
     return Quantized(codes.view(weight.shape), scale.view(schemes.groups(tuple(weight.shape), args)), None, table)
 
 
@@ -90,16 +94,14 @@ def nearest(values: Tensor, table: Tensor) -> Tensor:
     return codes[torch.bucketize(values.contiguous(), (ordered[1:] + ordered[:-1]) / 2, out_int32=True)]
 
 
-def _scales(rows: Tensor, args: QuantizationArgs) -> Tensor:
-    """Absolute maximum of each group, as stored; that of a group of zeros is the smallest normal number."""
+def _largest(rows: Tensor, args: QuantizationArgs) -> Tensor:
+    """Absolute maximum of each group, rounded as it will be stored."""
     groups = 1 if args.strategy == "tensor" else schemes.groups(tuple(rows.shape), args)[-1]
     grouped = (block.unflatten(-1, (groups, -1)) for block in rows.split(_rows_at_a_time(rows)))
     largest = torch.cat([torch.maximum(block.amax(-1), -block.amin(-1)) for block in grouped])
     if args.strategy == "tensor":
         largest = largest.amax().view(1, 1)
-    narrow = args.scale_dtype or rows.dtype
-    stored = largest.to(narrow)
-    return torch.where(stored == 0, torch.finfo(narrow).tiny, stored).to(rows.dtype)
+    return largest.to(args.scale_dtype or rows.dtype).to(rows.dtype)
 
 
 def _normalised(rows: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -133,7 +135,7 @@ def _check_distinct(found: Histogram, count: int, bits: int) -> None:
     raise WeightValueError(
         f"K-means with {bits} bits learns {2**bits} values, but only {distinct} of the {count} values of this weight "
         f"are distinct (further apart than 1/{BINS // 2} of their group's largest).",
-        " or ".join([*fewer[:1], 'codebook="nf4"']),
+        " or ".join([*fewer[:1], 'codebook="nf4", bits=4']),
     )
 
 

@@ -12,10 +12,12 @@ class Int8DynamicFields(QuantFields):
 class Int8DynamicQuantConfig(QuantConfig):
     """Dynamic INT8 (W8A8): symmetric per-channel weights, symmetric per-token inputs, no calibration.
 
-    Linear layers whose input is not (batch, tokens, features), such as poolers, are quantized weight-only:
-    a scale per token is not defined there. So are fused experts, depthwise convolutions and recurrent cells.
-    Of `nn.LSTM` and `nn.GRU`, inputs and hidden states of every layer are quantized per token. Inputs of other
-    convolutions have one scale for the whole tensor, so the result of one image depends on its batch.
+    Linear layers of transformers models whose input is not (batch, tokens, features), such as poolers, are quantized
+    weight-only: stock readers give such an input one scale for several rows. In plain modules every row of an input
+    of any rank has its own scale. Weight-only are also fused experts, depthwise convolutions and recurrent cells. Of
+    `nn.LSTM` and `nn.GRU`, inputs and hidden states of every layer are quantized per token, unless a subclass has a
+    forward of its own. Inputs of other convolutions have one scale for the whole tensor, so the result of one image
+    depends on its batch.
 
     Args:
         skip: Patterns of weights to keep, added to the defaults.

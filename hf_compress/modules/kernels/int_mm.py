@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from ..packed import Layout
 
@@ -30,6 +31,8 @@ class IntMatmul:
         """Why it can't run a module, or None."""
         if "weight_packed" not in module._buffers:
             return "not a linear layer"
+        if vars(type(module)).get("hfc_base", type(module)).forward not in (nn.Linear.forward, Conv1D.forward):
+            return "its forward is not that of nn.Linear"
         return self.weight_refusal(layout, module.get_buffer("weight_packed"), module.get_buffer("weight_scale"))
 
     def weight_refusal(self, layout: Layout, codes: Tensor, scale: Tensor) -> str | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from .. import recurrent
 from ..packed import Layout
-from ..swap import run_recurrent
-from .int_mm import IntMatmul
+from ..swap import PackedModule, packed_tensor, recurrent_product
+from .int_mm import IntMatmul, int8_linear
 
 
 class RecurrentIntMatmul(IntMatmul):
@@ -32,12 +33,21 @@ class RecurrentIntMatmul(IntMatmul):
         """Why it can't run one of the weights, or None."""
         return self.weight_refusal(layout, module.get_buffer(f"{name}_packed"), module.get_buffer(f"{name}_scale"))
 
-    def run(self, module: nn.Module, value: Any) -> Any:
-        """The layer's output and states, from zeros on.
+    def run(self, module: nn.Module, value: Any, hx: Any = None) -> Any:
+        """The layer's output and states.
 
         Args:
             module: A packed layer.
             value: Its input, float32.
+            hx: Its initial states as the layer takes them, float32, or None for zeros.
         """
-        with torch.no_grad():
-            return run_recurrent(module, value, None, integers=True)
+        return recurrent.run(module, value, hx, partial(_product, module))  # type: ignore[arg-type]
+
+
+def _product(module: PackedModule, name: str, bias: str | None) -> recurrent.Product:
+    """The product with one weight, in integers where it is packed."""
+    if name not in module.hfc_layouts:
+        return recurrent_product(module, name, bias)
+    packed = packed_tensor(module, name)
+    scale, offset = packed.scale.view(-1), None if bias is None else module.get_parameter(bias)
+    return lambda tokens: int8_linear(tokens, packed.codes, scale, offset)

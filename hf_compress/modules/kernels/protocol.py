@@ -7,9 +7,9 @@ the module's buffers, so saving, copying and moving a module needs nothing speci
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..packed import Layout
 
@@ -31,5 +31,5 @@ class Kernel(Protocol):
     def probe(self) -> str | None:
         """Why it must not be used on this machine, or None: exact on extreme values, and faster than the reference."""
 
-    def run(self, module: nn.Module, value: Tensor) -> Tensor:
-        """The module's output for an input of the module's forward."""
+    def run(self, module: nn.Module, *inputs: Any, **options: Any) -> Any:
+        """The module's output for the inputs of its forward: a tensor, for recurrent layers also the states."""

@@ -77,7 +77,13 @@ def refuse_live(model: nn.Module, config: object) -> NoReturn:
     Raises:
         UnsupportedModelError: Always, with the line to paste.
     """
-    name = str(model.config.name_or_path) if isinstance(model, PreTrainedModel) else ""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"A {type(config).__name__} is carried out while transformers loads a model, and this "
+            f"{type(model).__name__} is none of transformers.",
+            "model = hf_compress.quantize(model, hf_compress.RTNQuantConfig(bits=4))",
+        )
+    name = str(model.config.name_or_path)
     call = f'model = hf_compress.quantize("{name or "DIR"}", config)'
     raise UnsupportedModelError(
         f"A {type(config).__name__} is carried out while a model loads, and this {type(model).__name__} is loaded.",
@@ -128,7 +134,7 @@ def plan_stock(model: PreTrainedModel, config: QuantizationConfigMixin, backend:
         quantizer.preprocess_model(model=model, device_map=devices, checkpoint_files=None)
         made = {weight.key: _made(weight, model, quantizer, backend, skips) for weight in weights}
     rows = tuple(foreign_row(weight, made[weight.key], "in scope") for weight in weights)
-    _check_ties(rows, backend)
+    _check_ties(rows, skips)
     backend.check_machine(rows, model, skips)
     check_coverage(rows, minimum, type(model).__name__, backend.library, backend.instead(rows))
     return Plan(
@@ -195,7 +201,7 @@ def _in_our_errors(library: str, config: str) -> Iterator[None]:
         ) from error
 
 
-def _check_ties(rows: Sequence[PlanRow], backend: Backend) -> None:
+def _check_ties(rows: Sequence[PlanRow], skips: skipping.Skips) -> None:
     """A tied weight is stored once: it can't be quantized through one name only."""
     by_name = {row.name: row for row in rows}
     for row in rows:
@@ -204,5 +210,5 @@ def _check_ties(rows: Sequence[PlanRow], backend: Backend) -> None:
             raise TiedWeightsError(
                 f"{row.name} shares its values with {source.name}: one is planned as {row.scheme}, the other as "
                 f"{source.scheme}.",
-                f'keep both: {backend.skip_field}=["{row.name}", "{source.name}"]',
+                f"keep both: {skips.keeping_tied([row.module, source.module])}",
             )

@@ -34,11 +34,17 @@ class BitsAndBytes:
     matched_name_is_module = True
 
     def check(self, config: BitsAndBytesConfig) -> None:
-        """4 or 8 bits must be asked for, in a known type.
+        """4 or 8 bits must be asked for, in a known type, and not for nothing.
 
         Raises:
-            ConfigError: They are not.
+            ConfigError: They are not, or what lies on the CPU shall stay, where there is nothing else.
         """
+        if config.llm_int8_enable_fp32_cpu_offload and not torch.accelerator.is_available():
+            raise ConfigError(
+                "llm_int8_enable_fp32_cpu_offload=True keeps what lies on the CPU, and this machine has nothing else: "
+                "no weight would be quantized.",
+                "llm_int8_enable_fp32_cpu_offload=False",
+            )
         if config.quantization_method() is None:
             asked = f"bnb_4bit_quant_type={config.bnb_4bit_quant_type!r}" if config.load_in_4bit else "no bits"
             raise ConfigError(

@@ -15,7 +15,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ...core.errors import PatternError, listed, nearest
+from ...core.errors import ConfigError, PatternError, listed, nearest
 from ...core.plan import PlanRow
 from ...core.weights import Role, Weight, list_weights
 from .protocol import Backend
@@ -60,14 +60,26 @@ class Skips:
         known = {*(self.given or ()), *(name for name in self.default if self.matches(name))}
         return f"{self.backend.skip_field}={sorted({*known, *names})!r}"
 
+    def keeping_tied(self, names: Sequence[str]) -> str:
+        """The arguments that keep tied modules: no list does where embeddings are asked for."""
+        if not self.asked:
+            return self.keeping(names)
+        listed_too = "" if self.given is None else f", {self.keeping(names)}"
+        return f"include_input_output_embeddings=False{listed_too}"
+
 
 def skips_of(model: PreTrainedModel, config: QuantizationConfigMixin, backend: Backend) -> Skips:
     """The skip lists of a request.
 
     Raises:
+        ConfigError: The user's list is a text.
         PatternError: A name in the user's list matches no module, or is no regular expression.
     """
     given = vars(config).get(backend.skip_field)
+    if isinstance(given, str):
+        raise ConfigError(
+            f"{backend.skip_field}={given!r} must be a list of names.", f"{backend.skip_field}=[{given!r}]"
+        )
     weights = [backend.matched_name(weight) for weight in list_weights(model)]
     modules = [name for name, _ in model.named_modules() if name]
     skips = Skips(

@@ -36,6 +36,10 @@ class TorchAo:
 
     def made(self, weight: Weight, model: PreTrainedModel, quantizer: Any) -> Foreign | str:
         """What transformers' own operation makes of the weight on meta."""
+        try:
+            model.get_input_embeddings()
+        except NotImplementedError:
+            return f"transformers' torchao handles no model without input embeddings, such as {type(model).__name__}"
         module = model.get_submodule(weight.module)
         value = torch.empty_like(module.get_parameter(weight.parameter), device="meta")
         operation = quantizer.get_quantize_ops()

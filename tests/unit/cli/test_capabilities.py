@@ -8,7 +8,7 @@ from .conftest import Run
 def test_the_overview_has_a_row_per_recipe(run: Run) -> None:
     result = run("capabilities")
     assert result.exit_code == 0, result.output
-    lines = {line.split()[1]: line for line in result.stdout.splitlines() if line.startswith("│ ") and line.split()[1]}
+    lines = {line[1:].split("│")[0].strip(): line for line in result.stdout.splitlines() if line.startswith("│")}
     assert "compressed-tensors" in lines["rtn-int4"]
     assert "guarded" in lines["rtn-int4"]
     assert "dense" in lines["cast-bf16"]

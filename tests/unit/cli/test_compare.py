@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,18 @@ def test_refusals(run: Run, llama: Path, arguments: tuple[object, ...], code: st
     assert words in result.stderr
 
 
+def test_a_damaged_tokenizer_is_named_before_anything_is_quantized(
+    run: Run, llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(llama, tmp_path / "damaged"))
+    (damaged / "tokenizer_config.json").write_text("{")
+    result = run("compare", damaged, "--methods", "rtn", "--data", texts, "--pairs", 8)
+    assert (result.exit_code, result.stdout) == (1, "")
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith(f"[HFC502] The tokenizer or processor of {damaged} can't be read: Expecting property name")
+    assert "tokenizer.json" in said
+
+
 def test_without_a_configuration_it_is_a_usage_error(run: Run, llama: Path) -> None:
     result = run("compare", llama)
     assert result.exit_code == 2
@@ -94,17 +107,19 @@ def test_a_taken_output_names_the_option(run: Run, tmp_path: Path) -> None:
     assert "--overwrite" in result.stderr
 
 
+@pytest.mark.parametrize("error", ["ImportError", "ValueError", "SystemError"])
 def test_without_matplotlib_a_picture_is_refused_before_the_model_is_looked_at(
-    process: Process, tmp_path: Path
+    error: str, process: Process, tmp_path: Path
 ) -> None:
     blocked = tmp_path / "blocked"
     blocked.mkdir()
-    (blocked / "matplotlib.py").write_text("raise ImportError('planted')")
+    (blocked / "matplotlib.py").write_text(f"raise {error}('planted')")
     code = "from hf_compress.cli.main import main; main()"
     arguments = ("compare", "no/such-model", "--methods", "rtn", "--out", tmp_path / "out")
     result = process("-c", code, *arguments, path=(blocked,))
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("[HFC301] ")
+    said = f"[HFC301] The package 'matplotlib' is installed but broken: {error}: planted."
+    assert result.stderr.splitlines()[-1].startswith(said)
     assert 'pip install "hf-compress[eval]"' in result.stderr
     assert not (tmp_path / "out").exists()
 

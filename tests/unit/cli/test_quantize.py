@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_compress.cli.quantize import processor_of
-
 from .conftest import Run
 
 
@@ -54,13 +52,13 @@ def test_json_is_all_there_is_on_stdout_and_overwrite_replaces(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_damaged_tokenizer_is_a_note(bert: Path, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_a_note(run: Run, bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "source")
     (tmp_path / "source" / "tokenizer_config.json").write_text("{")
-    processor, note = processor_of(str(tmp_path / "source"))
-    assert processor is None
-    assert note is not None
-    assert "tokenizer or processor was not saved" in note
+    result = run("quantize", tmp_path / "source", tmp_path / "out", "--method", "rtn", "--group-size", 32, "--json")
+    assert result.exit_code == 0, result.output
+    (note,) = [note for note in json.loads(result.stdout)["notes"] if "tokenizer" in note]
+    assert note.startswith("the tokenizer or processor was not saved: Expecting property name")
 
 
 def test_an_existing_output_is_refused_before_the_model_is_looked_at(run: Run, quantized: Path) -> None:

@@ -24,6 +24,7 @@ from hf_compress.core.errors import (
 )
 from hf_compress.core.plan import Plan
 from hf_compress.methods.cast import CastConfig
+from hf_compress.methods.codebook import CodebookQuantConfig
 from hf_compress.methods.int8_dynamic import Int8DynamicQuantConfig
 from hf_compress.methods.rtn import RTNQuantConfig
 from hf_compress.pipeline.planning import plan
@@ -382,9 +383,46 @@ def test_unknown_input_ranks_leave_layers_outside_the_blocks_weight_only() -> No
     assert any("could not be traced" in note for note in made.notes)
 
 
+def test_plain_modules_quantize_the_inputs_of_every_linear() -> None:
+    """No stock reader runs them, and here a row's scale never spans others: their ranks need not be known."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({"first": nn.Linear(64, 64), "stack": nn.Sequential(nn.Linear(64, 64))})
+        alone = nn.ModuleDict({"lstm": nn.LSTM(64, 64), "conv": nn.Conv2d(16, 16, 3)})
+    made = plan(model, Int8DynamicQuantConfig())
+    assert structure(made) == {"w8a8-dynamic-token": 2}
+    assert made.notes == plan(alone, Int8DynamicQuantConfig()).notes == ()
+
+
+def test_the_note_on_input_shapes_needs_a_linear_that_depends_on_them() -> None:
+    config = Int8DynamicQuantConfig(skip=["bert*"], default_rules=False, min_coverage=0.0)
+    assert build_plan(tiny("bert-classifier"), config, None).notes != ()
+    model = tiny("resnet")
+    linears = [row.name for row in build_plan(model, config.__class__(), None).rows if row.kind.value == "linear"]
+    skipping = Int8DynamicQuantConfig(skip=linears)
+    assert build_plan(model, skipping, None).notes == ()
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq_v2"])
 def test_a_convolution_that_is_left_out_costs_no_other_weight_its_format(format: str) -> None:
     """Its one scale per channel is a second scheme, which refuses all the others while it is in the plan."""
     made = plan(tiny("vit"), RTNQuantConfig(symmetric=False, format=format))
     assert made.format == format
     assert {row.kind.value for row in made.quantized} == {"linear"}
+
+
+def test_auto_is_guarded_where_only_layers_without_a_stock_format_are_in_the_way() -> None:
+    """DETR's backbone is too large to leave out, and its scheme per channel is not that of its linear layers."""
+    made = plan(tiny("detr"), RTNQuantConfig(bits=4, group_size=32, symmetric=False))
+    assert made.format == "guarded"
+    assert made.coverage == 1
+
+
+def test_refusal_names_what_is_in_the_way_and_not_what_would_be_left_out() -> None:
+    config = CodebookQuantConfig(codebook="nf4", group_size=64)
+    with pytest.raises(FormatError, match=r"class_labels_classifier\.layers\.2 .*multiples of 32 outputs, not 4"):
+        plan(tiny("yolos"), config)
+    heads = ["class_labels_classifier", "bbox_predictor"]
+    assert (
+        plan(tiny("yolos"), CodebookQuantConfig(codebook="nf4", group_size=64, skip=heads, min_coverage=0.5)).format
+        == "bitsandbytes"
+    )

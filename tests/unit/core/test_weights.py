@@ -211,3 +211,48 @@ def test_auto_class_gives_the_same() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama"))
     assert [weight.name for weight in list_weights(model)] == list(by_name("llama"))
+
+
+def test_weights_of_a_recurrent_layer_in_different_data_types() -> None:
+    """Its own forward refuses them, so packing would only hide that until it runs."""
+    with torch.random.fork_rng(devices=[]):
+        module = nn.LSTM(4, 4)
+        alike = nn.LSTM(4, 4).to(torch.float16)
+    module.weight_hh_l0.data = module.weight_hh_l0.data.to(torch.float16)
+    assert {weight.unpackable for weight in list_weights(module)} == {
+        "LSTM has parameters of different data types (float16, float32), which its forward refuses"
+    }
+    assert not any(weight.unpackable for weight in list_weights(alike))
+
+
+@pytest.mark.parametrize(
+    "name", ["weight_packed", "weight_scale", "weight_zero_point", "weight_codebook", "weight_shape"]
+)
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "attribute"])
+def test_names_that_packing_would_take(name: str, kind: str) -> None:
+    module = nn.Linear(4, 4, device="meta")
+    if kind == "buffer":
+        module.register_buffer(name, torch.zeros(1))
+    else:
+        setattr(module, name, nn.Parameter(torch.zeros(1)) if kind == "parameter" else 1)
+    (weight,) = list_weights(module)
+    assert weight.unpackable == f"Linear has its own {name}, a name that packing would take"
+
+
+def test_token_inputs() -> None:
+    """Whether inputs can be quantized per token is told by the forward, not by the name of the class."""
+    own = type("LSTM", (nn.LSTM,), {"forward": lambda self, x: x})
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 4, device="meta"),
+            "lstm": nn.LSTM(4, 4, device="meta"),
+            "gru": type("Mine", (nn.GRU,), {})(4, 4, device="meta"),
+            "own": own(4, 4, device="meta"),
+            "rnn": nn.RNN(4, 4, device="meta"),
+            "cell": nn.LSTMCell(4, 4, device="meta"),
+            "conv": nn.Conv1d(4, 4, 3, device="meta"),
+            "attention": nn.MultiheadAttention(4, 2, device="meta"),
+        }
+    )
+    per_token = {weight.module for weight in list_weights(model) if weight.token_inputs}
+    assert per_token == {"linear", "lstm", "gru"}

@@ -178,6 +178,7 @@ def packed_linear(rows: int = 16, columns: int = 24, scheme: object = W8A8) -> n
 
 @needs_exact
 @pytest.mark.parametrize("shape", [(3, 24), (2, 3, 24), (2, 2, 3, 24)])
+@torch.no_grad()
 def test_module_gives_its_reference_in_any_rank(shape: tuple[int, ...]) -> None:
     """A kernel may differ by accumulation order only, also for inputs that are not (batch, tokens, features)."""
     module = packed_linear()
@@ -189,6 +190,7 @@ def test_module_gives_its_reference_in_any_rank(shape: tuple[int, ...]) -> None:
     assert relative(seen, expected) <= 1e-4
 
 
+@torch.no_grad()
 def test_strided_input() -> None:
     module = packed_linear()
     module.hfc_kernel = KERNELS[0]

@@ -370,3 +370,55 @@ def test_some_weights_may_stay_dense() -> None:
     clone = copy.deepcopy(module)
     clone.weight_hh_l0.zero_()
     assert not torch.equal(clone(random(5, 3, 16))[0], module(random(5, 3, 16))[0])
+
+
+class Outputs(nn.LSTM):
+    """A recurrent layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0] + 1.0
+
+
+@pytest.mark.parametrize("config", [RTNQuantConfig(bits=8, group_size="channel"), Int8DynamicQuantConfig()], ids=repr)
+@pytest.mark.parametrize("name", ["Outputs", "LSTM"])
+@torch.no_grad()
+def test_a_forward_of_its_own_is_kept(name: str, config: Any) -> None:
+    """It gets dequantized weights and nothing else, whatever its class is called."""
+    kind = type(name, (Outputs,), {})
+    module = quantize(layer(kind), config)
+    assert not any(one.scheme.input_activations for one in module.hfc_layouts.values())
+    value = random(5, 3, 16)
+    expected = twin(module)(value)
+    assert torch.equal(module(value), expected)
+    assert torch.equal(module(x=value), expected)
+
+
+@torch.no_grad()
+def test_a_subclass_without_a_forward_of_its_own_is_quantized_like_its_base() -> None:
+    kind = type("Named", (nn.GRU,), {})
+    module = dynamic(kind)
+    assert all(one.scheme.input_activations for one in module.hfc_layouts.values())
+    value = random(5, 3, 16)
+    assert torch.equal(module(value)[0], dynamic(nn.GRU)(value)[0])
+    assert torch.equal(module(input=value, hx=None)[0], module(value)[0])
+
+
+@needs_exact
+@torch.no_grad()
+def test_the_kernel_runs_what_its_protocol_says() -> None:
+    """With given states too."""
+    module = dynamic(nn.LSTM)
+    choose(module, integers=True)
+    value, states = random(5, 3, 16), as_given(module, initial_states(module, 3, seed=4))
+    found = module.hfc_kernel.run(module, value, states)
+    assert torch.equal(module(value, states)[0], found[0])
+    calls = []
+
+    class Spy(type(module.hfc_kernel)):  # type: ignore[misc]
+        def run(self, module: nn.Module, *inputs: Any) -> Any:
+            calls.append(len(inputs))
+            return super().run(module, *inputs)
+
+    module.hfc_kernel = Spy()
+    assert torch.equal(module(value, states)[0], found[0])
+    assert calls == [2]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.config import QuantConfig
 from hf_compress.methods.int8_dynamic import Int8DynamicQuantConfig
@@ -317,3 +319,94 @@ def test_pickle_is_refused_by_python() -> None:
     buffer.seek(0)
     again = torch.load(buffer, weights_only=True)
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
+def w8a8(make: Callable[[], nn.Module]) -> Any:
+    """A plain module with quantized inputs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make()
+    return quantize(module, Int8DynamicQuantConfig())
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kernel", ["chosen", "reference"])
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("shape", [(32,), (64, 32), (4, 8, 32), (3, 4, 5, 32)])
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_others(shape: tuple[int, ...], conv1d: bool, kernel: str) -> None:
+    """compressed-tensors' scale per token spans the batch of 2-D inputs, and dimension 2 of 4-D ones."""
+    module = w8a8(lambda: nn.Sequential(Conv1D(16, 32) if conv1d else nn.Linear(32, 16)))
+    if kernel == "reference":
+        module[0].hfc_kernel = None
+    assert module[0].hfc_layouts["weight"].scheme.input_activations.strategy == "token"
+    value = random(*shape)
+    alone = torch.cat([module(token.view(1, 1, -1)).view(1, -1) for token in value.view(-1, 32)])
+    assert torch.allclose(module(value), alone.view(*shape[:-1], 16), rtol=1e-5, atol=1e-5)
+    loud = value.clone().view(-1, 32)
+    loud[0] = 1e4
+    found = module(loud.view(shape)).reshape(-1, 16)
+    assert torch.allclose(found[1:], alone[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_two_dimensional_inputs_pass_straight_through() -> None:
+    module = w8a8(lambda: nn.Sequential(nn.Linear(32, 16)))
+    value = random(4, 32).requires_grad_()
+    module(value).sum().backward()
+    expected = module[0].weight.sum(0).expand(4, 32)
+    assert value.grad is not None
+    assert torch.allclose(value.grad, expected, atol=1e-5)
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+@torch.no_grad()
+def test_inputs_are_bound_by_name() -> None:
+    module, value = w8a8(lambda: Scaled(32, 16)), random(2, 3, 32)
+    assert torch.equal(module(scale=2.0, x=value), module(value) * 2)
+    assert torch.equal(module(value, 2.0), module(value) * 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'input'"):
+        module(input=value)
+
+
+@torch.no_grad()
+def test_an_input_without_dimensions_gives_the_error_of_the_original() -> None:
+    module = w8a8(lambda: nn.Linear(16, 16))
+    with pytest.raises(RuntimeError, match="at least 1D"):
+        module(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(8, 8, 3), lambda: nn.Linear(16, 16)])
+def test_calls_without_input_give_the_error_of_the_original(make: Callable[[], nn.Module]) -> None:
+    module = w8a8(make)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
+        module()
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        module(torch.zeros(1, 8, 16, 16), torch.zeros(1))
+
+
+def test_kernels_leave_a_forward_of_its_own_alone() -> None:
+    module = w8a8(lambda: Scaled(32, 16))
+    assert kernel_counts(module) == {"reference": 1}
+
+
+def test_trainable_biases_get_their_gradient() -> None:
+    """Kernels have no backward: a first layer, whose input has no gradient, must not run one."""
+    mixed = w8a8(lambda: nn.ModuleList([nn.Linear(32, 16), nn.LSTM(16, 16), nn.LayerNorm(16)]))
+    mixed.train().requires_grad_()
+    first, recurrent, norm = mixed
+    norm(recurrent(first(random(2, 3, 32)))[0]).square().sum().backward()
+    missing = [name for name, value in mixed.named_parameters() if value.grad is None]
+    assert missing == []
+    assert float(first.bias.grad.abs().sum()) > 0
+    lone = w8a8(lambda: nn.LSTM(16, 16)).train().requires_grad_()
+    lone(random(3, 2, 16))[0].sum().backward()
+    assert lone.bias_ih_l0.grad is not None

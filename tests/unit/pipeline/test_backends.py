@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,13 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 import hf_compress as hfc
 from hf_compress.checkpoint.worker import CleanWorker
-from hf_compress.core.errors import BackendError
+from hf_compress.core.errors import (
+    BackendError,
+    ConfigError,
+    NothingToQuantizeError,
+    TiedWeightsError,
+    UnsupportedModelError,
+)
 from hf_compress.core.packages import require
 from hf_compress.core.plan import Plan
 from tests._utils.tiny import tiny_dir
@@ -78,6 +86,62 @@ def test_classifiers_are_quantized_and_the_plan_says_how_to_keep_them(tmp_path: 
     kept = hfc.plan(path, int8(modules_to_not_convert=["classifier"]))
     assert row(kept, "classifier") == (None, "modules_to_not_convert: 'classifier'", False)
     assert hfc.plan(path, BitsAndBytesConfig(load_in_8bit=True)).notes[0].startswith("the head classifier")
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "options", "kept"),
+    [
+        (int8, "t5", {"include_input_output_embeddings": True}, ""),
+        (
+            int8,
+            "t5",
+            {"include_input_output_embeddings": True, "modules_to_not_convert": [".*SelfAttention.k"]},
+            "SelfAttention.k",
+        ),
+        (int8, "t5", {"modules_to_not_convert": [".*SelfAttention.k"]}, "SelfAttention.k"),
+        (int8, "llama-tied", {"include_input_output_embeddings": True}, ""),
+        (nf4, "llama-tied", {"llm_int8_skip_modules": ["q_proj"]}, "q_proj"),
+        (nf4, "llama-tied", {"llm_int8_skip_modules": ["model.embed_tokens"]}, "embed_tokens"),
+    ],
+)
+def test_one_side_of_a_tie_is_refused_with_a_fix_that_works(
+    make: Callable[..., Any], family: str, options: dict[str, Any], kept: str, tmp_path: Path
+) -> None:
+    path = tiny_dir(family, tmp_path)
+    with pytest.raises(TiedWeightsError, match="lm_head shares its values with") as caught:
+        hfc.plan(path, make(**options), min_coverage=0.0)
+    pasted = eval(f"dict({caught.value.fix.removeprefix('keep both: ')})")  # noqa: S307 - what users do with a fix
+    made = hfc.plan(path, make(**{**options, **pasted}), min_coverage=0.0)
+    assert row(made, "lm_head")[0] is None
+    assert made.coverage > 0.5
+    assert not [one.name for one in made.rows if kept and one.name.endswith(kept) and one.backend]
+
+
+def test_a_skip_list_that_is_a_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="modules_to_not_convert='lm_head' must be a list") as caught:
+        hfc.plan(tiny_dir("llama", tmp_path), int8(modules_to_not_convert="lm_head"))
+    assert caught.value.fix == "modules_to_not_convert=['lm_head']"
+
+
+def test_torchao_on_a_network_of_convolutions_says_what_it_covers(tmp_path: Path) -> None:
+    with pytest.raises(NothingToQuantizeError, match=r"torchao does not handle Conv2d.*Fix: hf_compress\.RTN"):
+        hfc.plan(tiny_dir("resnet", tmp_path), int8())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator the option keeps nothing")
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_offload_to_the_cpu_on_a_machine_with_nothing_else(bits: dict[str, bool], tmp_path: Path) -> None:
+    config = BitsAndBytesConfig(**bits, llm_int8_enable_fp32_cpu_offload=True)
+    with pytest.raises(ConfigError, match="no weight would be quantized"):
+        hfc.plan(tiny_dir("llama", tmp_path), config)
+
+
+def test_a_plain_module_gets_a_fix_that_works() -> None:
+    model = torch.nn.utils.skip_init(torch.nn.Linear, 64, 64)
+    with pytest.raises(UnsupportedModelError, match="Linear is none of transformers") as caught:
+        hfc.quantize(model, nf4())
+    assert "save_pretrained" not in caught.value.fix
+    assert "quantize(model, hf_compress.RTNQuantConfig" in caught.value.fix
 
 
 def test_labels_and_bytes_of_torchao(tmp_path: Path) -> None:

@@ -197,6 +197,8 @@ def test_all_failing_is_an_error_of_the_first_kind_and_leaves_nothing(bert: Path
         ({"configs": ["rtn"]}, ConfigError, "has a str"),
         ({"configs": {"a/b": INT4}}, ConfigError, "'a/b' can't be the name"),
         ({"configs": {"original": INT4}}, ConfigError, "'original' can't be the name"),
+        ({"configs": {"Original": INT4}}, ConfigError, "'Original' can't be the name"),
+        ({"configs": {"int4": INT4, "INT4": INT4}}, ConfigError, "'int4' and 'INT4' are one name"),
         ({"pairs": 3}, MeasurementError, "pairs=3"),
         ({"task": "translation"}, EvaluationDataError, "translation"),
         ({"progress": 5}, ConfigError, "progress is a int"),

@@ -80,8 +80,11 @@ def test_yaml_and_json_give_the_same_configuration(written: Written) -> None:
     assert load_config(str(written("\ufeff# mine\nmethod: rtn\nbits: 3\ngroup_size: -1\n"))).fields.bits == 3
 
 
-def test_a_newer_recipe_loads_where_every_key_is_known(written: Written) -> None:
-    assert load_config(written("version: 99.0\nmethod: rtn\nbits: 8")) == hfc.RTNQuantConfig(bits=8)
+def test_a_newer_recipe_loads_where_every_key_is_known(written: Written, caplog: pytest.LogCaptureFixture) -> None:
+    file = written("version: 99.0\nmethod: rtn\nbits: 8")
+    assert load_config(file) == hfc.RTNQuantConfig(bits=8)
+    (said,) = caplog.messages
+    assert said.startswith(f"{file} was written for hf_compress 99.0")
     file = written("method: rtn\nversion: 99.0\nbits: 8\nentropy: high\n")
     with pytest.raises(ConfigError) as caught:
         load_config(file)
@@ -101,6 +104,7 @@ def test_a_newer_recipe_loads_where_every_key_is_known(written: Written) -> None
         ("method: rtn\nrules:\n  - {pattern: a}\n  - {bits: 9}\n", 4, "rules.1"),
         ("method: rtn\nskip: a\n", 2, "skip='a' is not a list"),
         ("method: rtn\nversion: one\n", 2, "version='one'"),
+        ("method: rtn\nbits: 4\ncalibration: [a, b]\n", 3, "a recipe holds no calibration data"),
         ("method: rtn\nbits: 4\nbits: 8\n", 3, "the key 'bits' stands twice"),
         ("method: rtn\nrules:\n  - {pattern: a, pattern: b}\n", 3, "the key 'pattern' stands twice"),
         ("method: &name rtn\ncodebook: *name\n", 2, "aliases are not allowed"),
