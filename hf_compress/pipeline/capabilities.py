@@ -165,7 +165,7 @@ class Capabilities(BaseModel):
         refused = [cell for cell in tried if cell.result != "ok"]
         first = " or ".join(auto) or KEPT
         if refused:
-            first = "refused" if len(refused) == len(tried) else f"{first}, or refused"
+            first = "refused" if len(refused) == len(tried) else f"{first} ({len(refused)} of {len(tried)} refused)"
         return first + (f"; on request {', '.join(others)}" if others else "")
 
     def _with(self, kind: str) -> set[str]:
