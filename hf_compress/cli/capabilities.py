@@ -20,6 +20,9 @@ EXAMPLES = (
     "hf-compress capabilities --method hqq --json",
 )
 
+LONGEST = len("compressed-tensors")
+"""Of the words in the overview: a name that is broken in two can't be copied."""
+
 
 def command(
     ctx: typer.Context,
@@ -47,10 +50,11 @@ def _overview(output: Output, found: Capabilities) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table("recipe", *(Column(kind, overflow="fold") for kind in found.kinds), padding=0)
+    table = Table("recipe", *(Column(kind, min_width=LONGEST) for kind in found.kinds), padding=0)
     for recipe in found.recipes:
         table.add_row(recipe.name, *(found.summary(recipe.name, kind) for kind in found.kinds))
-    console = Console(width=shutil.get_terminal_size((120, 24)).columns, color_system=None)
+    needed = sum(LONGEST + 1 for _ in found.kinds) + max(len(recipe.name) for recipe in found.recipes) + 2
+    console = Console(width=max(needed, shutil.get_terminal_size((140, 24)).columns), color_system=None)
     with console.capture() as drawn:
         console.print(table)
     output.text(drawn.get().rstrip())
