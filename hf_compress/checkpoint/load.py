@@ -23,7 +23,7 @@ from ..core.errors import CorruptCheckpointError, UnsupportedModelError, listed
 from ..core.packages import require
 from ..core.plan import Plan, PlanRow
 from ..core.weights import list_weights
-from ..formats.base import check_scale_type, floating_types, format_of, take
+from ..formats.base import check_scale_type, format_of, take
 from ..formats.guarded import GUARD
 from ..modules.packed import PackedTensor
 from .foreign import check_measured
@@ -36,11 +36,10 @@ from .stock import architecture_of, damaged_if_it_fails, load_complete
 class ReadRequest(QuantizationConfigMixin):
     """The request that `load` passes to transformers: packed weights are there already."""
 
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], found: set[torch.dtype]) -> None:
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         self.quant_method = REQUEST
         self.plan = plan
         self.tensors = tensors
-        self.found = found
 
     def __deepcopy__(self, memo: dict[int, object]) -> ReadRequest:
         return self
@@ -60,7 +59,7 @@ class ReadRequest(QuantizationConfigMixin):
 
         def decode(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
             packed = layout.decode(row, tensors)
-            check_scale_type(row, packed, self.found)
+            check_scale_type(row, packed)
             check_followers(self.plan, row, packed, tensors)
             return packed, noise[row.name]
 
@@ -90,7 +89,7 @@ def load_packed(path: Path) -> PreTrainedModel:
     placeholder = torch.empty(0)
     state = {key: value for key, value in tensors.items() if key not in packed}
     state |= dict.fromkeys((row.key for row in record.plan.quantized if not row.tied_to), placeholder)
-    request = ReadRequest(record.plan, {key: tensors[key] for key in packed}, floating_types(tensors))
+    request = ReadRequest(record.plan, {key: tensors[key] for key in packed})
     with damaged_if_it_fails(str(path)):
         model = load_complete(
             architecture,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.errors import ConfigError, CorruptCheckpointError, UnsupportedModelError, listed
 from ..core.plan import Plan
-from ..formats.base import check_scale_type, encode_model, floating_types, format_of
+from ..formats.base import check_scale_type, encode_model, format_of
 from ..modules.packed import PackedTensor
 from .load import read_tensors
 from .record import KEY, open_weights, read_config, record_of, sort_metadata, weight_files
@@ -136,11 +136,11 @@ def decoded(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, PackedTensor
     Raises:
         CorruptCheckpointError: One is missing or has another form.
     """
-    layout, found = format_of(plan), floating_types(tensors)
+    layout = format_of(plan)
     packed = {row.name: layout.decode(row, tensors) for row in plan.quantized if row.tied_to is None}
     for row in plan.quantized:
         if row.tied_to is None:
-            check_scale_type(row, packed[row.name], found)
+            check_scale_type(row, packed[row.name])
     return packed
 
 

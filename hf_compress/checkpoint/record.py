@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from .. import _version
 from ..core.errors import CheckpointNotFoundError, CorruptCheckpointError, listed
-from ..core.plan import Plan
+from ..core.plan import Plan, dtype_name
+from ..formats.base import plain_path
+from ..modules.swap import packed_modules, packed_tensor
 
 FILE = "hf_compress.json"
 KEY = "hf_compress"
@@ -86,7 +88,19 @@ class Record(BaseModel):
 def record_of(model: nn.Module, plan: Plan) -> Record:
     """The record of a model in memory, not proven."""
     name = str(model.config.name_or_path) if isinstance(model, PreTrainedModel) else ""
+    plan = _as_it_is(model, plan)
     return Record(source=Path(name).name if Path(name).is_dir() else name, plan=plan)
+
+
+def _as_it_is(model: nn.Module, plan: Plan) -> Plan:
+    """The plan with the data types that packed weights have now: parts of the model may have been moved since."""
+    now = {
+        (plain_path(path), name): dtype_name(packed_tensor(module, name).scale.dtype)
+        for path, module in packed_modules(model)
+        for name in module.hfc_layouts
+    }
+    rows = (row.model_copy(update={"dtype": now.get((row.module, row.parameter), row.dtype)}) for row in plan.rows)
+    return plan.model_copy(update={"rows": tuple(rows)})
 
 
 def read_record(path: Path) -> Record:

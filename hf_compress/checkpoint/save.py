@@ -242,8 +242,9 @@ def _write_weights(model: Any, plan: Plan, folder: Path) -> None:
     """
     if plan.backend:
         settle(model)
+    if plan.backend or plan.format == "dense":  # these weights have no place for the record, which readers need
         folder.mkdir(exist_ok=True)
-        _write_record(folder, record_of(model, plan))  # other libraries' weights have no place for it
+        _write_record(folder, record_of(model, plan))
     model.save_pretrained(folder, save_original_format=not (plan.backend and model.hf_quantizer.pre_quantized))
     for file in sorted(folder.glob("model*.safetensors")):
         sort_metadata(file)

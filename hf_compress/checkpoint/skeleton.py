@@ -120,7 +120,10 @@ def _unfilled(skeleton: nn.Module, plan: Plan, filled: set[str]) -> list[str]:
     packed = {row.key for row in plan.quantized}
     declared = skeleton.all_tied_weights_keys if isinstance(skeleton, PreTrainedModel) else {}
     tied = {name for name, source in declared.items() if source not in packed}  # ties of packed ones are planned
-    return sorted(skeleton.state_dict().keys() - filled - others - tied)
+    state = skeleton.state_dict()
+    made = (skeleton._keys_to_ignore_on_save or ()) if isinstance(skeleton, PreTrainedModel) else ()
+    computed = {name for name in made if name in state and not state[name].is_meta}  # never stored, Marian's positions
+    return sorted(state.keys() - filled - others - tied - computed)
 
 
 def _other_paths(skeleton: nn.Module, plan: Plan) -> set[str]:

@@ -18,7 +18,7 @@ _LABEL_DIGITS = 9
 _QUOTE = "quote texts that hold a delimiter or quote"
 
 
-def read_data(path: str | Path) -> list[str] | list[tuple[str, int]]:
+def read_data(path: object) -> list[str] | list[tuple[str, int]]:
     """Texts, or (text, label) pairs, from a file.
 
     `.txt`: every line that is not blank is a text. `.jsonl`: an object per line with the key `text` and, in all or
@@ -31,6 +31,8 @@ def read_data(path: str | Path) -> list[str] | list[tuple[str, int]]:
     Raises:
         EvaluationDataError: There is no such file, or it has another form; names the line.
     """
+    if not isinstance(path, str | Path) or "\0" in str(path):
+        raise EvaluationDataError(f"{path!r} is no file's path.", _FORMS)
     file = Path(path)
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
@@ -99,7 +101,8 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Row]]:
 
 
 def _header(file: Path, columns: list[str], delimiter: str) -> list[str]:
-    """Names of columns: each once, and text among them."""
+    """Names of columns, without spaces around them: each once, and text among them."""
+    columns = [name.strip() for name in columns]
     if "text" not in columns:
         raise EvaluationDataError(
             f"{file} has the columns {', '.join(columns) or 'none'}, and none is text.",
@@ -123,6 +126,8 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def _text(file: Path, line: int, text: object) -> str:
     if not isinstance(text, str) or not text.strip():
         raise EvaluationDataError(f"{file}, line {line}: the text is {text!r}.", "a text that is not empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise EvaluationDataError(f"{file}, line {line}: {text!r} holds half a character.", "text in UTF-8")
     return text
 
 

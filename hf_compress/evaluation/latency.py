@@ -87,7 +87,7 @@ class LatencyComparison(BaseModel):
             return f"SLOWER THAN THE ORIGINAL: takes {1 / self.speedup:.2f} times as long ({evidence})"
         if self.verdict == "faster":
             return f"Faster than the original: {self.speedup:.2f} times its speed ({evidence})"
-        return f"No proven difference in speed from the original: {self.speedup:.2f} times ({evidence})"
+        return f"No difference in speed beyond 5 % proven: {self.speedup:.2f} times the original's ({evidence})"
 
 
 def measure_latency(

@@ -190,7 +190,7 @@ def _speed(latency: dict[str, LatencyComparison]) -> str:
     words = {
         "slower": "SLOWER than the original",
         "faster": "faster than the original",
-        "same": "no proven difference in speed",
+        "same": "no difference in speed beyond 5 % proven",
     }
     parts = [f"{words[verdict]} ({'; '.join(inputs)})" for verdict, inputs in groups.items() if inputs]
     return ", ".join(parts) or "speed not measured"

@@ -165,27 +165,17 @@ def _check_sides(row: PlanRow, packed: PackedTensor) -> None:
             raise CorruptCheckpointError(f"The {part} of {row.name} holds NaN or infinite values.", "save it again")
 
 
-def floating_types(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
-    """Data types of the floating-point tensors of a checkpoint but codebooks, which are float32 in any model."""
-    return {
-        value.dtype
-        for name, value in tensors.items()
-        if value.is_floating_point() and not name.endswith(f"_{PACKED_SUFFIXES[3]}")
-    }
-
-
-def check_scale_type(row: PlanRow, packed: PackedTensor, found: set[torch.dtype]) -> None:
-    """Refuse a scale of another type than its row's, unless the whole model was moved to that type after packing.
+def check_scale_type(row: PlanRow, packed: PackedTensor) -> None:
+    """Refuse a scale of another type than its row's; the record tells the type at the time of saving.
 
     Args:
         row: The row.
         packed: Its packed weight.
-        found: What `floating_types` says of the checkpoint.
 
     Raises:
         CorruptCheckpointError: It has another type.
     """
-    if packed.scale.dtype != DTYPES[row.dtype] and len(found) > 1:
+    if packed.scale.dtype != DTYPES[row.dtype]:
         raise CorruptCheckpointError(
             f"The scale of {row.name} is {packed.scale.dtype}, the plan says {row.dtype}.", "save it again"
         )

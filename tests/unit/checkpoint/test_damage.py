@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_compress as hfc
+from hf_compress.checkpoint.worker import CleanWorker
 from hf_compress.core.errors import CorruptCheckpointError
 from tests._utils.tiny import tiny
 from tests.conformance.helpers import metadata, same_states
@@ -77,7 +78,7 @@ def test_damaged_tensors_are_refused(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_model_moved_to_another_type_reloads(config: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Its rows still name the type that it was packed in; all of its tensors agree on the new one."""
+    """The record names the type at the time of saving, not that of packing."""
     model = hfc.quantize(tiny("llama-tied"), CONFIGS[config]).to(dtype)
     model.save_pretrained(tmp_path / "out")
     loaded = hfc.load(tmp_path / "out")
@@ -117,3 +118,36 @@ def test_record_that_did_not_write_the_weights_is_refused(change: str, tmp_path:
     (tmp_path / "out" / "hf_compress.json").write_text(json.dumps(record))
     with pytest.raises(CorruptCheckpointError, match="not the one that the weights were written by"):
         hfc.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["bert-classifier", "gpt2"])
+def test_model_with_norms_in_float32_reloads(family: str, worker: CleanWorker, tmp_path: Path) -> None:
+    """Moved to 16 bits after packing, but for its norms: two types in one checkpoint. transformers loads one."""
+    model = hfc.quantize(tiny(family), hfc.RTNQuantConfig(bits=4, group_size=32)).to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    assert hfc.save(model, tmp_path / "out", worker=worker).level == "full"
+    assert {row.dtype for row in hfc.inspect(tmp_path / "out").plan.quantized} == {"bfloat16"}
+    states = [dict(one.state_dict()) for one in (hfc.load(tmp_path / "out"), model)]
+    scales = [{name: value for name, value in one.items() if name.endswith("_scale")} for one in states]
+    assert scales[0].keys() == scales[1].keys() != set()
+    assert all(torch.equal(value, scales[1][name]) for name, value in scales[0].items())
+
+
+def test_half_moved_module_reloads(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, skeleton = (nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)) for _ in range(2))
+    hfc.quantize(model, hfc.RTNQuantConfig(bits=4, group_size=32))[0].to(torch.bfloat16)
+    hfc.save(model, tmp_path / "out")
+    assert same_states(hfc.load(tmp_path / "out", model=skeleton), model)
+
+
+@pytest.mark.parametrize(("layers", "level"), [(6, "truncated"), (2, "own-reader")])
+def test_cast_model_that_does_not_fit_twice_is_saved(
+    layers: int, level: str, worker: CleanWorker, tmp_path: Path
+) -> None:
+    model = hfc.quantize(tiny("bert-mlm", num_hidden_layers=layers), hfc.CastConfig())
+    assert hfc.save(model, tmp_path / "out", free_bytes=0, worker=worker).level == level
+    assert same_states(hfc.load(tmp_path / "out"), model)

@@ -77,3 +77,23 @@ def test_absent_file(tmp_path: Path) -> None:
         read_data(tmp_path / "absent.txt")
     with pytest.raises(EvaluationDataError, match="can't be read"):
         read_data((tmp_path / "folder.txt").mkdir() or tmp_path / "folder.txt")
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    """Tokenizers fail on it, long after the file was read."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "fine"}\n{"text": "\\ud800 a"}\n', encoding="utf-8")
+    with pytest.raises(EvaluationDataError, match=r"line 2: .* holds half a character"):
+        read_data(file)
+
+
+def test_spaces_around_the_names_of_columns(tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("text, label\ngood,1\n", encoding="utf-8")
+    assert read_data(file) == [("good", 1)]
+
+
+@pytest.mark.parametrize("path", [b"texts.csv", "a\0.csv", None])
+def test_no_path(path: object) -> None:
+    with pytest.raises(EvaluationDataError, match="no file's path"):
+        read_data(path)  # type: ignore[arg-type]
