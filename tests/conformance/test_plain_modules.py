@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, MarianConfig, MarianMTModel
 
 import hf_compress as hfc
 from hf_compress.checkpoint.proof import same_bytes
@@ -559,6 +559,29 @@ def test_skeleton_of_an_architecture_that_is_stored_under_other_names(tmp_path: 
     model.save_pretrained(tmp_path / "out")
     assert tensors_on_disk(tmp_path / "out").keys() != model.state_dict().keys()
     assert same_states(hfc.load(tmp_path / "out", model=tiny("vit")), model)
+
+
+def test_skeleton_with_values_that_are_never_stored(tmp_path: Path) -> None:
+    """Marian's sinusoidal positions: transformers leaves them out of checkpoints and computes them."""
+    config = MarianConfig(
+        vocab_size=128,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, skeleton = MarianMTModel(config), MarianMTModel(config)
+    assert model._keys_to_ignore_on_save
+    hfc.quantize(model, hfc.RTNQuantConfig(bits=4, group_size=32, format="guarded")).save_pretrained(tmp_path / "out")
+    assert same_states(hfc.load(tmp_path / "out", model=skeleton), model)
 
 
 def test_a_module_next_to_its_checkpoint_is_not_needed(saved: Path) -> None:

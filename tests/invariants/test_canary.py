@@ -260,3 +260,10 @@ def test_torch_internals() -> None:
     with FakeTensorMode():
         assert torch.zeros(2).shape == (2,)
     assert torch.compiler.is_compiling() is False
+
+
+def test_models_name_what_is_never_stored() -> None:
+    """checkpoint/proof.py and checkpoint/skeleton.py leave these tensors out."""
+    assert PreTrainedModel._keys_to_ignore_on_save is None
+    assert transformers.MarianMTModel._keys_to_ignore_on_save
+    assert "._keys_to_ignore_on_save" in inspect.getsource(inspect.getmodule(PreTrainedModel))  # type: ignore[arg-type]
