@@ -7,6 +7,7 @@ ties, data types and generation config are handled there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from .handover import hand_over
 from .record import open_weights, read_config, read_record, weight_files
 from .session import LoadSession, release_ties
 from .stock import architecture_of, damaged_if_it_fails, load_complete
+
+_FORM = attrgetter("name", "kind", "shape", "transposed", "parts", "kernel")
+"""What a row of a plan and the weight that it is for must share."""
 
 
 class ReadRequest(QuantizationConfigMixin):
@@ -128,15 +132,7 @@ def check_plan(plan: Plan, model: PreTrainedModel) -> None:
     weights = {(weight.module, weight.parameter): weight for weight in list_weights(model)}
     for row in plan.quantized:
         weight = weights.get((row.module, row.parameter))
-        planned = (row.name, row.kind, row.shape, row.transposed, row.parts, row.kernel)
-        if weight is None or planned != (
-            weight.name,
-            weight.kind,
-            weight.shape,
-            weight.transposed,
-            weight.parts,
-            weight.kernel,
-        ):
+        if weight is None or _FORM(row) != _FORM(weight):
             raise CorruptCheckpointError(
                 f"The plan's row for {row.name} ({row.parameter}: {row.kind} {row.shape}) does not fit the model: "
                 f"{type(model).__name__} has {'none' if weight is None else f'{weight.kind} {weight.shape}'} there.",

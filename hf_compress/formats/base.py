@@ -16,6 +16,9 @@ from ..core.weights import PACKED_SUFFIXES
 from ..modules.packed import Layout, PackedTensor
 from ..modules.swap import PackedModule, packed_modules, packed_tensor
 
+ACTIVATION_LIMIT = 1e-5
+"""Relative limit for quantized inputs: rounding at run time may differ by accumulation order."""
+
 
 @dataclass(frozen=True)
 class Limits:

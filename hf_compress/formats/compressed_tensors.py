@@ -19,12 +19,9 @@ from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
 from ..modules.packed import PackedTensor, from_words, to_words, words_shape
-from .base import Limits, checked, integers_and_sides, layout_of, take
+from .base import ACTIVATION_LIMIT, Limits, checked, integers_and_sides, layout_of, take
 
 EXPERTS_TARGET = "re:.*experts.*"
-
-ACTIVATION_LIMIT = 1e-5
-"""Relative limit on outputs for quantized inputs."""
 
 
 class CompressedTensorsFormat:

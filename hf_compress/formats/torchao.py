@@ -14,10 +14,7 @@ from torch import Tensor
 from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..modules.packed import PackedTensor
-from .base import Limits
-
-ACTIVATION_LIMIT = 1e-5
-"""Relative limit for quantized inputs: rounding at run time may differ by accumulation order."""
+from .base import ACTIVATION_LIMIT, Limits
 
 
 class LibraryFormat:

@@ -136,10 +136,11 @@ def recurrent_product(module: PackedModule, name: str, bias: str | None) -> recu
 
 def runs_kernel(module: nn.Module, *values: Tensor) -> bool:
     """Whether inputs may take a module's kernel: float32, no gradient for them or its biases, not being compiled."""
-    wanted = (*values, *module.parameters(recurse=False))
-    differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in wanted)
-    single = all(value.dtype == torch.float32 for value in values)
-    return single and not differentiable and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or not all(value.dtype == torch.float32 for value in values):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(value.requires_grad for value in (*values, *module.parameters(recurse=False)))
 
 
 def _quantized_input(value: Tensor, args: QuantizationArgs, module: nn.Module) -> Tensor:

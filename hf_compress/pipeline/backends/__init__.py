@@ -23,7 +23,7 @@ from ...checkpoint.foreign import Foreign, check_measured, foreign_row, method_n
 from ...checkpoint.handover import hand_over
 from ...checkpoint.stock import load_source
 from ...core.build import check_coverage
-from ...core.config import QuantConfig
+from ...core.config import QuantConfig, QuantFields
 from ...core.errors import (
     BackendError,
     ConfigError,
@@ -39,7 +39,7 @@ from ...core.weights import Weight, list_weights, small_parameters
 from . import bitsandbytes, skipping, torchao
 from .protocol import Backend
 
-MIN_COVERAGE = 0.9
+MIN_COVERAGE: float = QuantFields.model_fields["min_coverage"].default
 """The default of `min_coverage`, as of our own configurations."""
 
 INSTEAD = {
