@@ -6,29 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.scheme import Codebook
-
-_NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-"""Quantiles of the normal distribution with an exact zero (QLoRA, Dettmers et al. 2023, appendix E)."""
-
-_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-"""One bit of sign, two of exponent, one of mantissa, in the order of bitsandbytes' codes; negative values follow."""
+from ...formats.bitsandbytes import TABLES
 
 
 def fixed_table(codebook: Codebook, bits: int) -> Tensor:
@@ -43,10 +21,7 @@ def fixed_table(codebook: Codebook, bits: int) -> Tensor:
     """
     if codebook == "log":
         return powers_of_two(bits)
-    if codebook == "nf4":
-        return torch.tensor(_NF4, dtype=torch.float32)
-    positive = torch.tensor(_FP4, dtype=torch.float32)
-    return torch.cat([positive, 0.0 - positive]).div_(positive.max())
+    return torch.tensor(TABLES[codebook], dtype=torch.float32)
 
 
 def powers_of_two(bits: int) -> Tensor:
