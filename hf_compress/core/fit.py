@@ -54,17 +54,8 @@ def fit(plan: Plan, wanted: str, min_coverage: float) -> Plan:
 def _refusals(plan: Plan, name: str) -> dict[str, str]:
     """Why a format can't hold some rows, by the rows' names."""
     layout = FORMATS.get(name)
-    reasons = ((row.name, _refused_tie(row, name) or layout.refusal(row, plan)) for row in plan.quantized)
+    reasons = ((row.name, layout.refusal(row, plan)) for row in plan.quantized)
     return {row: reason for row, reason in reasons if reason}
-
-
-def _refused_tie(row: PlanRow, name: str) -> str | None:
-    """Why a format can't hold a weight that shares the codes of an earlier one, or None."""
-    if row.tied_to is None or name == "guarded" or row.quantization is None:
-        return None
-    if name == "compressed-tensors" and row.quantization.format == "int-quantized":
-        return None
-    return f"it holds no {row.scheme} weight that is tied to another ({row.tied_to})"
 
 
 def _without(plan: Plan, refused: Mapping[str, str], name: str, min_coverage: float) -> Plan | None:

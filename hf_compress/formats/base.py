@@ -168,6 +168,11 @@ def _check_sides(row: PlanRow, packed: PackedTensor) -> None:
             raise CorruptCheckpointError(f"The {part} of {row.name} holds NaN or infinite values.", "save it again")
 
 
+def tie_refusal(row: PlanRow) -> str | None:
+    """Why a format without a place for shared codes can't hold a row, or None."""
+    return None if row.tied_to is None else f"it holds no {row.scheme} weight that is tied to another ({row.tied_to})"
+
+
 def check_scale_type(row: PlanRow, packed: PackedTensor) -> None:
     """Refuse a scale of another type than its row's; the record tells the type at the time of saving.
 

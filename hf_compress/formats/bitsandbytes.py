@@ -27,7 +27,7 @@ from ..core.plan import DTYPES, Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
 from ..modules.packed import PackedTensor, from_words, to_words
-from .base import Limits, layout_of, take
+from .base import Limits, layout_of, take, tie_refusal
 
 NAME = "bitsandbytes"
 
@@ -76,7 +76,7 @@ class BitsAndBytesFormat:
         """Why a row can't be held, or None."""
         if row.quantization is None:
             return None
-        return _place_refusal(row) or _grid_refusal(row, plan) or _mixture_refusal(row, plan)
+        return tie_refusal(row) or _place_refusal(row) or _grid_refusal(row, plan) or _mixture_refusal(row, plan)
 
     def adapted(self, row: PlanRow) -> PlanRow:
         """INT8 scales are stored 127-fold in float32, and rounded to 8 significant bits to survive that exactly."""

@@ -19,7 +19,7 @@ from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
 from ..modules.packed import PackedTensor, from_words, to_words, words_shape
-from .base import ACTIVATION_LIMIT, Limits, checked, integers_and_sides, layout_of, take
+from .base import ACTIVATION_LIMIT, Limits, checked, integers_and_sides, layout_of, take, tie_refusal
 
 EXPERTS_TARGET = "re:.*experts.*"
 
@@ -36,6 +36,8 @@ class CompressedTensorsFormat:
         weights = row.quantization.weights if row.quantization is not None else None
         if weights is None:
             return None
+        if not _is_int_quantized(row) and (reason := tie_refusal(row)):
+            return reason
         if row.kind is WeightKind.EXPERTS:
             return _experts_refusal(row, plan)
         if row.kind not in (WeightKind.LINEAR, WeightKind.EMBEDDING):

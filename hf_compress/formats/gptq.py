@@ -21,7 +21,7 @@ from ..core.plan import DTYPES, Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
 from ..modules.packed import PackedTensor, from_words, to_words
-from .base import Limits, checked, layout_of, take
+from .base import Limits, checked, layout_of, take, tie_refusal
 
 BITS = (2, 3, 4, 8)
 """Widths that transformers' `GPTQConfig` accepts."""
@@ -57,7 +57,7 @@ class GPTQFormat:
         """Why a row can't be held, or None."""
         if row.quantization is None:
             return None
-        return _place_refusal(row, plan) or _grid_refusal(row) or _mixture_refusal(row, plan)
+        return tie_refusal(row) or _place_refusal(row, plan) or _grid_refusal(row) or _mixture_refusal(row, plan)
 
     def adapted(self, row: PlanRow) -> PlanRow:
         """Scales are stored as float16, into which stock loading would cast others as well."""
