@@ -8,7 +8,7 @@ ARGS ?=
 SOURCES = $(wildcard hf_compress plugins tests examples benchmarks scripts)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all quality style docs-check benchmarks clean
+.PHONY: help install demo test test-all quality style docs-check benchmarks peers clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,7 @@ quality: $(STAMP) ## Lint, format, types, layers, lengths, docs: what CI runs be
 	$(BIN)/python scripts/check_length.py
 	$(RUN) $(BIN)/python scripts/check_docs.py
 	$(BIN)/python scripts/readme_table.py --check
+	$(BIN)/python scripts/ptq_tables.py --check
 	$(RUN) $(BIN)/python scripts/compare_docs.py --check
 	$(RUN) $(BIN)/python scripts/capabilities.py --check
 
@@ -53,6 +54,9 @@ docs-check: $(STAMP) ## Every public name and command has a docstring and is in 
 
 benchmarks: $(STAMP) ## Measure again what README's tables show
 	$(RUN) $(BIN)/python benchmarks/run_all.py $(ARGS)
+
+peers: $(STAMP) ## Measure calibrated methods beside other tools, in environments that this makes; takes hours
+	$(RUN) $(BIN)/python -m benchmarks.ptq_peers $(ARGS)
 
 clean: ## Remove the environment, caches and builds
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -14,37 +14,49 @@ from .integrations.transformers import register as _register
 
 if TYPE_CHECKING:
     from .checkpoint.save import load, save, verify
-    from .core.config import QuantConfig, Rule
+    from .core.config import Calibration, QuantConfig, Rule
     from .core.errors import HFCompressError
     from .core.plan import Plan
     from .evaluation.comparison import Comparison
     from .evaluation.report import Report, evaluate
+    from .methods.autoround import AutoRoundQuantConfig
+    from .methods.awq import AWQQuantConfig
     from .methods.cast import CastConfig
     from .methods.codebook import CodebookQuantConfig
+    from .methods.gptq import GPTQQuantConfig
     from .methods.hqq import HQQQuantConfig
     from .methods.int8_dynamic import Int8DynamicQuantConfig
+    from .methods.int8_static import Int8StaticQuantConfig
     from .methods.rtn import RTNQuantConfig
     from .pipeline.compare import compare
+    from .pipeline.compress import compress
     from .pipeline.inspect import inspect
     from .pipeline.optimize import optimize_for_inference
     from .pipeline.planning import plan
     from .pipeline.preflight import preflight
     from .pipeline.quantize import quantize
     from .pipeline.recipes import load_config
+    from .pipeline.smooth import smooth
 
 _WHERE = {
+    "AutoRoundQuantConfig": "methods.autoround",
+    "AWQQuantConfig": "methods.awq",
+    "Calibration": "core.config",
     "CastConfig": "methods.cast",
     "CodebookQuantConfig": "methods.codebook",
     "Comparison": "evaluation.comparison",
     "HFCompressError": "core.errors",
+    "GPTQQuantConfig": "methods.gptq",
     "HQQQuantConfig": "methods.hqq",
     "Int8DynamicQuantConfig": "methods.int8_dynamic",
+    "Int8StaticQuantConfig": "methods.int8_static",
     "Plan": "core.plan",
     "QuantConfig": "core.config",
     "RTNQuantConfig": "methods.rtn",
     "Report": "evaluation.report",
     "Rule": "core.config",
     "compare": "pipeline.compare",
+    "compress": "pipeline.compress",
     "evaluate": "evaluation.report",
     "inspect": "pipeline.inspect",
     "load": "checkpoint.save",
@@ -54,16 +66,22 @@ _WHERE = {
     "preflight": "pipeline.preflight",
     "quantize": "pipeline.quantize",
     "save": "checkpoint.save",
+    "smooth": "pipeline.smooth",
     "verify": "checkpoint.save",
 }
 
 __all__ = [
+    "AWQQuantConfig",
+    "AutoRoundQuantConfig",
+    "Calibration",
     "CastConfig",
     "CodebookQuantConfig",
     "Comparison",
+    "GPTQQuantConfig",
     "HFCompressError",
     "HQQQuantConfig",
     "Int8DynamicQuantConfig",
+    "Int8StaticQuantConfig",
     "Plan",
     "QuantConfig",
     "RTNQuantConfig",
@@ -71,6 +89,7 @@ __all__ = [
     "Rule",
     "__version__",
     "compare",
+    "compress",
     "evaluate",
     "inspect",
     "load",
@@ -80,6 +99,7 @@ __all__ = [
     "preflight",
     "quantize",
     "save",
+    "smooth",
     "verify",
 ]
 

@@ -144,7 +144,11 @@ def probe(key: Key, worker: CleanWorker) -> Cell:
     recipe, family, asked = key
     place = {"recipe": recipe, "family": family, "asked": asked}
     try:
-        return Cell(**place, **_outcome(family, fitted(build(family), recipe, asked), worker))
+        model = build(family)
+        config = fitted(model, recipe, asked)
+        if config.spec.needs_data:
+            config.calibration = hfc.Calibration(inputs_of(family, model, SEED), min_rows=1, min_tokens=1)
+        return Cell(**place, **_outcome(family, config, worker))
     except HFCompressError as error:
         known = {"code": error.code, "message": error.message, "fix": error.fix}
         wrong = error.code in ("HFC702", "HFC703", "HFC706") or not error.fix
@@ -158,6 +162,8 @@ def fitted(model: nn.Module, recipe: str, asked: str) -> QuantConfig:
     config = hfc.load_config(recipe)
     fields = {**config.fields.model_dump(exclude_unset=True), "format": asked}
     kind = type(config)
+    if "iterations" in kind.fields_type.model_fields:
+        fields["iterations"] = 2
     if config.fields.model_dump().get("group_size") != GROUPS[0]:
         return kind(**fields)
     for size in GROUPS[:-1]:

@@ -66,6 +66,15 @@ def held_out() -> list[Image]:
     return list(_split()[1])
 
 
+def training_images() -> list[Image]:
+    """The 1,197 images that the classifier was trained on; also fit for calibration.
+
+    Raises:
+        ReferenceUnavailable: scikit-learn is not installed.
+    """
+    return list(_split()[0])
+
+
 def accuracy(model: nn.Module, images: list[Image]) -> float:
     """Share of images whose digit a model in evaluation mode predicts, 0 to 1."""
     pixels, labels = _stack(images)

@@ -112,7 +112,7 @@ def recover(path: Path, markers: tuple[str, ...] = CHECKPOINT) -> bool:
         return False
     with disk_errors(path):
         old.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     return True
 
 
@@ -157,7 +157,7 @@ def atomic_directory(path: Path, overwrite: bool = False, markers: tuple[str, ..
         temporary = _temporary(target)
         temporary.mkdir()
         try:
-            with _held(temporary):
+            with held(temporary):
                 yield temporary
                 _sync_tree(temporary)
                 _commit(temporary, check_output(target, overwrite, markers))
@@ -223,7 +223,7 @@ def _commit(temporary: Path, target: Path) -> None:
             taken = old if old.exists() else target
             raise OutputExistsError(f"{taken} appeared during the save.", "save to another path.") from error
         raise
-    _sync(target.parent)
+    sync(target.parent)
     if replaced:
         _discard(old)
 
@@ -270,7 +270,7 @@ def _is_abandoned(directory: Path, pid: int) -> bool:
         return False  # no directory locks there, and `os.kill(pid, 0)` would send Ctrl-C
     if pid != os.getpid() and _is_alive(pid):
         return False
-    with suppress(OSError), _held(directory):
+    with suppress(OSError), held(directory):
         return True
     return False
 
@@ -286,8 +286,12 @@ def _is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Hold the lock that says the directory is in use; `OSError` when another holder has it."""
+def held(directory: Path) -> Iterator[None]:
+    """Hold the lock that says the directory is in use.
+
+    Raises:
+        BlockingIOError: Another holder has it.
+    """
     if sys.platform == "win32":
         yield
         return
@@ -303,11 +307,12 @@ def _sync_tree(directory: Path) -> None:
     """Flush every file, then the directories that name them, deepest first."""
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
+            sync(Path(folder, name))
+        sync(Path(folder))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file or a directory to the disk."""
     if sys.platform == "win32" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)

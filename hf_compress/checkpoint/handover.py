@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -18,10 +20,13 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from ..core.errors import UnsupportedModelError, listed
+from ..core.config import Format
+from ..core.errors import FormatError, UnsupportedModelError, listed
+from ..core.fit import in_format
 from ..core.plan import DTYPES, Plan
-from ..formats.base import encode_model, format_of, layout_of, plain_path
-from ..modules.packed import Layout
+from ..formats.awq import stock_refusal
+from ..formats.base import encode_model, format_of, plain_path
+from ..modules.packed import Layout, layout_of
 from ..modules.swap import packed_modules, unpack_module
 from .foreign import LIBRARIES, check_measured, measured_plan, quantization_of
 from .record import FILE, KEY, record_of, sort_metadata
@@ -92,11 +97,12 @@ class _Packed:
         for _, module in list(packed_modules(model)):
             unpack_module(module)
         forget_plan(model)
+        vars(model).pop("quantization_method", None)  # transformers refuses to cast GPTQ and bitsandbytes models
         model.__class__ = vars(type(model)).get("hfc_base", type(model))
         if plan is not None and plan.followers:
             model.all_tied_weights_keys |= model.get_expanded_tied_weights_keys(all_submodels=True)
             model.tie_weights(recompute_mapping=False)
-        return model if wanted is None else model.to(wanted)
+        return model if wanted in (None, model.dtype) else model.to(wanted)  # which also casts buffers, such as RoPE's
 
 
 class NativeQuantizer(_Packed, CompressedTensorsHfQuantizer):
@@ -181,6 +187,76 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
     model.add_model_tags(["hf_compress", plan.method])
+
+
+@contextmanager
+def handed_over(model: nn.Module, plan: Plan, name: str | None) -> Iterator[Plan]:
+    """A model that saves in another format inside the block, and as before after it.
+
+    Args:
+        model: The model.
+        plan: Its plan.
+        name: The format; None for the plan's own.
+
+    Yields:
+        The plan in that format.
+
+    Raises:
+        FormatError: The format can't hold it.
+    """
+    if name is None or name == plan.format:
+        yield plan
+        return
+    known = [one for one in get_args(Format) if one != "auto"]
+    if name not in known:
+        raise FormatError(f"There is no format {name!r}.", f"choose one of {', '.join(map(repr, known))}")
+    if plan.backend or not plan.quantized or not isinstance(model, PreTrainedModel):
+        raise FormatError(f"A model in the format {plan.format!r} can't be saved as {name!r}.", "leave `format` out")
+    wanted = in_format(plan, name)
+    check_scales(model, wanted)
+    if name == "awq":
+        check_awq(model, wanted)
+    hand_over(model, wanted)
+    try:
+        yield wanted
+    finally:
+        hand_over(model, plan)
+
+
+def check_scales(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse scales that were made for another format and would change in this one, before anything is written.
+
+    Raises:
+        FormatError: There are some.
+    """
+    layout = format_of(plan)
+    rows = {(row.module, row.parameter): row for row in plan.quantized}
+    for path, module in packed_modules(model):
+        for name in module.hfc_layouts:
+            row = rows[plain_path(path), name]
+            weights = layout_of(layout.adapted(row)).weights
+            scale = module.get_buffer(f"{name}_scale")
+            if weights.scale_dtype is None or torch.equal(scale.to(weights.scale_dtype).to(scale.dtype), scale):
+                continue
+            stored = str(weights.scale_dtype).removeprefix("torch.")
+            raise FormatError(
+                f"The format {plan.format!r} stores scales as {stored}, and those of {row.name} were made for another "
+                "format and would change. Nothing was written.",
+                f'compress the original model with format="{plan.format}" in its configuration',
+            )
+
+
+def check_awq(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse what stock transformers would load from an AWQ checkpoint with random weights.
+
+    Raises:
+        FormatError: It would.
+    """
+    reason = stock_refusal(model, plan)
+    if reason is not None:
+        raise FormatError(
+            f"The format 'awq' can't hold {type(model).__name__}: {reason}.", 'use format="gptq" or format="guarded"'
+        )
 
 
 def current_plan(model: nn.Module) -> Plan | None:

@@ -6,7 +6,7 @@ ties, data types and generation config are handled there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def load_packed(path: Path) -> PreTrainedModel:
     """
     record = read_record(path)
     check_guard(path, record.plan)
-    config, architecture = _config(path)
+    config, architecture = stored_config(path)
     if record.plan.backend:
         return _load_foreign(path, record.plan, architecture)
     tensors = read_tensors(path)
@@ -94,20 +94,41 @@ def load_packed(path: Path) -> PreTrainedModel:
     state = {key: value for key, value in tensors.items() if key not in packed}
     state |= dict.fromkeys((row.key for row in record.plan.quantized if not row.tied_to), placeholder)
     request = ReadRequest(record.plan, {key: tensors[key] for key in packed})
+    planned = request if record.plan.quantized else None
+    model = load_state(path, architecture, config, state, planned, closed=True)
+    if not record.plan.quantized:
+        hand_over(model, record.plan)
+    return model
+
+
+def load_state(
+    path: Path,
+    architecture: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    state: Mapping[str, Tensor],
+    request: ReadRequest | None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A complete model from tensors, through transformers' loader.
+
+    Args:
+        path: Where they come from; its generation config is read too.
+        architecture: The model's class.
+        config: Its config, without quantization.
+        state: Dense tensors by name, and a placeholder for each packed one.
+        request: Decodes the packed ones; None where there are none.
+        **options: Further arguments of `load_complete`.
+
+    Raises:
+        CorruptCheckpointError: Tensors are missing or don't fit.
+    """
     with damaged_if_it_fails(str(path)):
         model = load_complete(
-            architecture,
-            None,
-            config=config,
-            state_dict=state,
-            closed=True,
-            quantization_config=request if record.plan.quantized else None,
+            architecture, None, config=config, state_dict=state, quantization_config=request, **options
         )
         if (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
     model.config.name_or_path = str(path)
-    if not record.plan.quantized:
-        hand_over(model, record.plan)
     return model
 
 
@@ -197,6 +218,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     files = weight_files(path)
     if not files:
         raise CorruptCheckpointError(f"{path} has no weights file.", "save the model again")
+    return read_files(files)
+
+
+def read_files(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of weights files, mapped.
+
+    Raises:
+        CorruptCheckpointError: A file is damaged.
+    """
     tensors: dict[str, Tensor] = {}
     for file in files:
         with open_weights(file) as opened:
@@ -204,7 +234,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+def stored_config(path: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The model's config without quantization, and its class."""
     with damaged_if_it_fails(str(path / "config.json")):
         config = AutoConfig.from_pretrained(path)

@@ -126,6 +126,15 @@ def read_record(path: Path) -> Record:
     return record
 
 
+def has_record(path: Path) -> bool:
+    """Whether this package wrote a checkpoint directory.
+
+    Raises:
+        CorruptCheckpointError: Its weights file is damaged.
+    """
+    return (path / FILE).is_file() or _written_text(path) is not None
+
+
 def _check_plan(path: Path, plan: Plan, written: Plan) -> None:
     """Compare the record's plan with the one that the weights were written by.
 

@@ -14,7 +14,9 @@ from ..core.errors import CheckpointNotFoundError, ConfigError, InputError, Unsu
 from ..core.plan import Plan
 from .atomic import atomic_directory, check_output, disk_errors, ensure_space, recover
 from .foreign import settle
-from .handover import current_plan, refuse_wrapped
+from .foreign_int import load_foreign_int
+from .foreign_settings import foreign_settings
+from .handover import current_plan, handed_over, refuse_wrapped
 from .inputs import InputSet, normalise_inputs
 from .load import load_packed
 from .plain import check_storable, is_plain, needs_skeleton, stored_bytes, write_plain
@@ -39,6 +41,7 @@ def save(
     tokenizer: Saveable | None = None,
     overwrite: bool = False,
     *,
+    format: str | None = None,
     inputs: Sequence[InputSet] | None = None,
     worker: CleanWorker | None = None,
     free_bytes: int | None = None,
@@ -53,6 +56,8 @@ def save(
         path: Output directory.
         tokenizer: Tokenizer or processor to save beside the model.
         overwrite: Replace an existing checkpoint.
+        format: Another format than the plan's, such as `guarded`; the model stays as it is. GPTQ and AWQ layouts store
+            float16 scales: compress float32 models for them, with `format="gptq_v2"` in the configuration.
         inputs: Forward arguments for the proof; made from the model's signature by default. Of a plain module also
             tensors or tuples of them; without inputs its tensors are compared and its outputs are not.
         worker: A clean process to reuse; started for this call by default.
@@ -63,6 +68,7 @@ def save(
 
     Raises:
         ProofError: It does not reload to the same outputs. Nothing is left behind.
+        FormatError: The format can't hold the model.
         OutputExistsError, WriteError, UnsupportedModelError, ConfigError: As their names say.
     """
     target = output_path(path)
@@ -78,15 +84,16 @@ def save(
     recover(target)
     check_output(target, overwrite)
     ensure_space(target, stored_bytes(model) if plain else resident_bytes(model))
-    if plain:
-        return _save_plain(model, plan, target, tokenizer, overwrite, given)
-    with _worker(worker) as clean, atomic_directory(target, overwrite) as temporary, disk_errors(target):
-        _write_weights(model, plan, temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        _make_readable(temporary)
-        proof = prove(temporary, plan, model, worker=clean, inputs=given, free_bytes=free_bytes)
-        _write_record(temporary, record_of(model, plan).model_copy(update={"proof": proof}))
+    with handed_over(model, plan, format) as wanted:
+        if plain:
+            return _save_plain(model, wanted, target, tokenizer, overwrite, given)
+        with _worker(worker) as clean, atomic_directory(target, overwrite) as temporary, disk_errors(target):
+            _write_weights(model, wanted, temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            _make_readable(temporary)
+            proof = prove(temporary, wanted, model, worker=clean, inputs=given, free_bytes=free_bytes)
+            _write_record(temporary, record_of(model, wanted).model_copy(update={"proof": proof}))
     return proof
 
 
@@ -149,6 +156,12 @@ def verify(path: str | Path, *, worker: CleanWorker | None = None, inputs: Seque
     """
     source = checkpoint_path(path)
     recover(source)
+    settings = foreign_settings(source)
+    if settings is not None:
+        raise CheckpointNotFoundError(
+            f"{source} is a {settings.method.upper()} checkpoint of another tool: nothing tells what it should give.",
+            f'read it with hf_compress.load("{source}"); hf_compress.save writes what was read, with a proof',
+        )
     record = read_record(source)
     check_files(source, record.proof.files)
     if is_plain(source):
@@ -178,6 +191,8 @@ def _verify_plain(source: Path, record: Record, inputs: object) -> Proof:
 def load(path: str | Path, model: nn.Module | None = None) -> Any:
     """Load a checkpoint that this package wrote, kept packed, with the fastest kernels that this machine has.
 
+    GPTQ and AWQ checkpoints that others wrote are read as well, without their libraries, in the config's data type.
+
     Args:
         path: The checkpoint directory, stock format or guarded.
         model: A skeleton for a plain module: built as the module that was saved, dense, on the CPU or meta; it is
@@ -189,6 +204,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
     Raises:
         CheckpointNotFoundError: There is no checkpoint of ours.
         CorruptCheckpointError: It is damaged or inconsistent.
+        FormatError: It is a GPTQ or AWQ checkpoint in a layout that is not read; the message names it.
         ConfigError: A plain module needs a skeleton, or a stock checkpoint takes none.
         UnsupportedModelError, AlreadyQuantizedError: The skeleton does not fit, or is packed. It was not changed.
     """
@@ -196,6 +212,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
     recover(source)
     if model is not None:
         return load_into(source, read_record(source), model)
+    settings = foreign_settings(source)
+    if settings is not None:
+        return load_foreign_int(source, settings)
     record = read_record(source)
     if record.plan.format == "guarded" and is_plain(source):
         raise needs_skeleton(source)

@@ -15,13 +15,14 @@ from .output import Output
 from .quantize import processor_of
 
 if TYPE_CHECKING:
-    from ..core.config import QuantConfig
+    from ..core.config import Calibration, QuantConfig
     from ..evaluation.comparison import Comparison
 
 NAME = "compare"
 EXAMPLES = (
     "hf-compress compare bert --methods rtn,hqq,codebook,int8_dynamic --data labelled.csv --out comparison",
     "hf-compress compare Qwen/Qwen3-0.6B --methods rtn,hqq --bits 4 --group-size 64 --data texts.txt --out comparison",
+    "hf-compress compare Qwen/Qwen3-0.6B --methods rtn,gptq --calibration train.txt --data test.txt --out comparison",
 )
 
 
@@ -48,6 +49,10 @@ def command(
     pairs: Annotated[int, typer.Option("--pairs", help="Timed pairs per input, at least 8.")] = 20,
     bits: options.Bits = None,
     group_size: options.GroupSize = None,
+    calibration: options.CalibrationFile = None,
+    rows: options.Rows = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a comparison at OUT.")] = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -58,9 +63,10 @@ def command(
     if not names and not recipes:
         raise typer.BadParameter("give --methods, --config or both", ctx)
     configs = configurations(names, recipes or [], bits=bits, group_size=group_size)
+    shared = options.calibration(None, options.given(ctx))
     output.calm_libraries()
     try:
-        found = _compare(output, model, configs, data, out, task, pairs, overwrite)
+        found = _compare(output, model, configs, shared, data, out, task, pairs, overwrite)
     except OutputExistsError as error:
         raise OutputExistsError(error.message, error.fix.replace("overwrite=True", "--overwrite")) from None
     _show(output, found, out)
@@ -104,6 +110,7 @@ def _compare(
     output: Output,
     model: str,
     configs: dict[str, QuantConfig],
+    calibration: Calibration | None,
     data: Path | None,
     out: Path | None,
     task: Any,  # checked with the data: any other word is refused there
@@ -128,6 +135,7 @@ def _compare(
             rows,
             tokenizer=processor,
             task=task,
+            calibration=calibration,
             out=out,
             pairs=pairs,
             overwrite=overwrite,

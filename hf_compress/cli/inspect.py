@@ -38,25 +38,22 @@ def command(
     embeddings: options.Embeddings = None,
     min_coverage: options.MinCoverage = None,
     format: options.Format = None,
+    observer: options.Observer = None,
+    smoothing: options.Smoothing = None,
+    act_order: options.ActOrder = None,
+    preset: options.Preset = None,
+    iterations: options.Iterations = None,
+    calibration: options.CalibrationFile = None,
+    rows: options.Rows = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
     every: Annotated[bool, typer.Option("--all", help="Print every weight.")] = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Show a checkpoint's plan, sizes and proof; with --method or --config, what would be done to a model, unread."""
     output = Output.of(ctx, as_json, quiet)
-    config = options.configuration(
-        method,
-        recipe,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        codebook=codebook,
-        dtype=dtype,
-        skip=skip,
-        embeddings=embeddings,
-        min_coverage=min_coverage,
-        format=format,
-    )
+    config = options.configuration(method, recipe, **options.given(ctx))
     output.calm_libraries()
     if config is None:
         _inspect(output, model, every)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,19 +21,9 @@ NAME = "quantize"
 EXAMPLES = (
     "hf-compress quantize Qwen/Qwen3-0.6B qwen3-int4 --method rtn --bits 4",
     "hf-compress quantize bert bert-w8 -m int8_dynamic --skip '*.layer.0.*'",
+    "hf-compress quantize Qwen/Qwen3-0.6B qwen3-gptq -m gptq --calibration texts.txt --rows 128",
+    "hf-compress quantize bert bert-w8a8 -m int8_static --calibration texts.txt --observer percentile",
     "hf-compress quantize bert bert-bf16 --method cast --dtype bf16 --dry-run",
-)
-# A directory without any of these gets a tokenizer with an empty vocabulary from transformers.
-_PROCESSOR_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
 )
 
 
@@ -50,6 +42,15 @@ def command(
     embeddings: options.Embeddings = None,
     min_coverage: options.MinCoverage = None,
     format: options.Format = None,
+    observer: options.Observer = None,
+    smoothing: options.Smoothing = None,
+    act_order: options.ActOrder = None,
+    preset: options.Preset = None,
+    iterations: options.Iterations = None,
+    calibration: options.CalibrationFile = None,
+    rows: options.Rows = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and estimate only; write nothing.")] = False,
     as_json: options.AsJson = False,
@@ -57,19 +58,7 @@ def command(
 ) -> None:
     """Quantize MODEL and save it to OUT, proven by reloading it in a clean process."""
     output = Output.of(ctx, as_json, quiet)
-    config = options.configuration(
-        method,
-        recipe,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        codebook=codebook,
-        dtype=dtype,
-        skip=skip,
-        embeddings=embeddings,
-        min_coverage=min_coverage,
-        format=format,
-    )
+    config = options.configuration(method, recipe, **options.given(ctx))
     if config is None:
         raise typer.BadParameter("give --method or --config", ctx)
     output.calm_libraries()
@@ -86,7 +75,7 @@ def show_forecast(output: Output, forecast: Preflight) -> None:
     output.fields(
         {
             "size": f"{size(forecast.bytes_before)} → {size(forecast.bytes_after)}",
-            "peak memory": f"{size(forecast.peak_bytes)} of {size(forecast.free_bytes)} free",
+            "peak memory": f"{size(forecast.streamed_bytes)} of {size(forecast.free_bytes)} free",
             "format": forecast.plan.format,
         }
     )
@@ -105,33 +94,44 @@ def _checked(model: str, config: QuantConfig, out: Path, overwrite: bool, dry_ru
 
     Raises:
         OutputExistsError: The output is taken.
+        CalibrationError: The data can't be used; a dry run says so here, others when they read it.
         HFCompressError: The plan is refused.
     """
     from .. import preflight
-    from ..checkpoint.atomic import check_output, recover
-    from ..core.errors import OutputExistsError
+    from ..checkpoint.atomic import check_output
+    from ..pipeline.compress import tidy
+    from ..pipeline.preflight import check_calibration
 
     if not dry_run:
-        recover(out)
-    try:
+        tidy(out.absolute())
+    with _told_as_option():
         check_output(out, overwrite)
+    forecast = preflight(model, config)
+    if dry_run:
+        check_calibration(model, config)
+    return forecast
+
+
+@contextlib.contextmanager
+def _told_as_option() -> Iterator[None]:
+    """Name the option instead of the argument where an output is taken."""
+    from ..core.errors import OutputExistsError
+
+    try:
+        yield
     except OutputExistsError as error:
-        fix = error.fix.replace("overwrite=True", "--overwrite")
-        raise OutputExistsError(error.message, fix) from None
-    return preflight(model, config)
+        raise OutputExistsError(error.message, error.fix.replace("overwrite=True", "--overwrite")) from None
 
 
 def _quantize(
     output: Output, model: str, config: QuantConfig, out: Path, overwrite: bool, forecast: Preflight
 ) -> None:
     """Quantize, save and report."""
-    from .. import quantize, save
+    from .. import compress
 
-    with output.progress("Quantizing") as advance:
-        quantized = quantize(model, config, progress=advance)
     processor, problem = processor_of(model)
-    with output.status("Saving and proving"):
-        proof = save(quantized, out, tokenizer=processor, overwrite=overwrite)
+    with output.progress("Quantizing") as advance, _told_as_option():
+        proof = compress(model, config, out, tokenizer=processor, overwrite=overwrite, progress=advance)
     notes = (*forecast.notes, *([f"the tokenizer or processor was not saved: {problem}"] if problem else []))
     _show(output, forecast, out, proof, processor, notes)
 
@@ -172,19 +172,11 @@ def processor_of(model: str) -> tuple[Any, str | None]:
     """The tokenizer or processor of a model, or None; and why it could not be read, if there is one."""
     from transformers import AutoProcessor
 
-    if not any(_has(model, name) for name in _PROCESSOR_FILES):
+    from ..calibration.processors import PROCESSOR_FILES, TOKENIZER_FILES, has_file
+
+    if not any(has_file(model, name) for name in (*TOKENIZER_FILES, *PROCESSOR_FILES)):
         return None, None
     try:
         return AutoProcessor.from_pretrained(model), None
     except (OSError, ValueError, ImportError) as error:
         return None, " ".join(str(error).split())
-
-
-def _has(model: str, name: str) -> bool:
-    """Whether a model has a file; offline, whether it is in the cache."""
-    from transformers.utils import cached_file
-
-    try:
-        return cached_file(model, name) is not None
-    except OSError:
-        return False

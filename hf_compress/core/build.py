@@ -114,14 +114,14 @@ def _scheme(
     if weight.dtype.itemsize < 2:
         return f"8 bits already ({dtype_name(weight.dtype)})"
     fields = _with_settings(config, weight, decision)
-    if config.spec.quantize is None:
+    if config.spec.quantize is None and not config.spec.needs_data:
         return config.spec.scheme(fields, weight)
     if weight.unpackable:
         return weight.unpackable
     if weight.kind is WeightKind.EMBEDDING:
         return schemes.scheme(schemes.weight_args(8, "channel", symmetric=True), packed=False)
     made = config.spec.scheme(fields, weight)
-    if not isinstance(made, schemes.Scheme) or made.input_activations is None:
+    if not isinstance(made, schemes.Scheme) or made.input_activations is None or not made.input_activations.dynamic:
         return made
     if weight.kind not in _LINEAR or per_token(weight.module):
         return made
@@ -208,16 +208,23 @@ def _follow(row: PlanRow, source: PlanRow, decision: Decision) -> PlanRow:
     free = not decision.settings and not decision.reason.startswith("rule ")
     shared = source.quantization
     follows = row.quantization == shared or (free and shared is not None and shared.input_activations is None)
-    if same_form and follows:
+    if same_form and follows and not _static(shared):
         changes = {"quantization": shared, "scheme": source.scheme, "reason": f"tied to {source.name}"}
         return row.model_copy(update={**changes, "in_scope": True})
     table = ', or quantize both with embeddings="int8"' if source.kind is WeightKind.EMBEDDING else ""
+    ranges = " and has one range for its inputs" if _static(shared) else ""
     raise TiedWeightsError(
         f"{row.name} shares its values with {source.name}: one is planned as {row.scheme} ({row.reason}), the other "
-        f"as {source.scheme} ({source.reason}). A tied weight is stored once.",
+        f"as {source.scheme} ({source.reason}). A tied weight is stored once{ranges}.",
         f'keep both: skip=["{row.name}", "{source.name}"]{table} and no rule for {row.name}, or untie them with '
         "tie_word_embeddings=False (of a plain module: give each its own parameter)",
     )
+
+
+def _static(given: schemes.Scheme | None) -> bool:
+    """Whether a scheme fixes the range of its input beforehand, which tied layers can't share."""
+    inputs = None if given is None else given.input_activations
+    return inputs is not None and not inputs.dynamic
 
 
 def check_coverage(rows: Sequence[PlanRow], minimum: float, model: str, method: str, instead: str = "") -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from packaging.version import InvalidVersion, Version
@@ -38,7 +38,7 @@ GroupSize = Annotated[
     Annotated[int, Field(strict=True, ge=1)] | Literal["channel", "tensor"], BeforeValidator(_channel)
 ]
 Pattern = Annotated[str, Field(min_length=1)]
-Format = Literal["auto", "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2", "guarded"]
+Format = Literal["auto", "compressed-tensors", "bitsandbytes", "gptq", "gptq_v2", "awq", "guarded"]
 Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
 
 logger = logging.getLogger(__name__)
@@ -112,17 +112,87 @@ class UniformFields(QuantFields):
     symmetric: Annotated[bool, Field(strict=True)] = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """A holder for calibration data: copied by reference, never serialised.
+    """Calibration data and how to make batches of it: copied by reference, never serialised.
 
-    transformers deep-copies configs hundreds of times while loading; data must not travel with them.
+    transformers deep-copies configs hundreds of times while loading; data must not travel with them. What a
+    checkpoint records of it is its `CalibrationRecord`.
+
+    Attributes:
+        data: Texts, conversations, a `datasets.Dataset`, a file (.txt, .jsonl or .parquet), a `DataLoader`, images,
+            sound, or ready batches (dictionaries of tensors). None takes the text that comes with Python, for
+            language models; `"generated"` lets the model make its own.
+        tokenizer: Tokenizer, image processor, feature extractor or processor; None takes the model's own.
+        rows: Most rows that are used; more are drawn from by `seed`.
+        sequence_length: Most tokens per row; None takes 512, or the model's limit if that is lower.
+        seed: Seed of the draw, and of what is generated.
+        pack: Whether texts are joined, with the end token between them, and cut into rows of equal length; None
+            packs for models that generate text.
+        chat_template: Template for conversations; None takes the tokenizer's own.
+        batch_size: Most rows per batch.
+        min_rows: Fewest rows that are accepted; where fewer are asked for, these.
+        min_tokens: Fewest tokens that are accepted, padding not counted; only of text.
+        column: Column of a dataset, or key of a file's objects; None finds it by the usual names.
+        image_size: Side of generated images in pixels, or (height, width); None takes the model's.
+
+    Raises:
+        CalibrationError: A value has the wrong type or range.
     """
 
-    data: Any
+    data: Any = None
+    _: KW_ONLY
+    tokenizer: Any = None
+    rows: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+    pack: bool | None = None
+    chat_template: str | None = None
+    batch_size: int = 8
+    min_rows: int = 8
+    min_tokens: int = 256
+    column: str | None = None
+    image_size: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("batch_size", 1), ("min_rows", 1), ("min_tokens", 0), ("seed", 0)):
+            self._check_count(name, least)
+        if self.sequence_length is not None:
+            self._check_count("sequence_length", 2)
+        if self.pack is not None and type(self.pack) is not bool:
+            raise CalibrationError(f"pack={self.pack!r} is not True, False or None.", "pack=True")
+        for name in ("chat_template", "column"):
+            if not isinstance(getattr(self, name), str | None):
+                raise CalibrationError(f"{name} is a {type(getattr(self, name)).__name__}.", f'{name}="..."')
+        if isinstance(self.data, Calibration):
+            raise CalibrationError("The data is a Calibration already.", "pass it as it is")
+        size = self.image_size
+        sides: tuple[Any, ...] = size if isinstance(size, tuple) else (size, size)
+        if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
+            raise CalibrationError(f"image_size={size!r} is no size in pixels.", "image_size=(224, 224)")
+
+    @classmethod
+    def generated(cls, **options: Any) -> Calibration:
+        """Data that the model makes itself: sampled tokens, or images distilled from its batch statistics.
+
+        Args:
+            **options: `rows`, `sequence_length`, `seed` and the other attributes except `data`.
+
+        Raises:
+            CalibrationError: A value has the wrong type or range.
+        """
+        return cls("generated", **options)
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not least <= value < 2**63:
+            raise CalibrationError(f"{name}={value!r} is no integer from {least} on.", f"{name}={max(least, 8)}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
         return self
+
+    def __repr__(self) -> str:
+        return f"Calibration({type(self.data).__name__}, rows={self.rows}, seed={self.seed})"
 
 
 class QuantConfig(QuantizationConfigMixin):

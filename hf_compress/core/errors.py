@@ -133,7 +133,7 @@ class RowError(HFCompressError, IndexError):
 
 
 class CalibrationError(HFCompressError, ValueError):
-    """Calibration data is missing, empty, too short, or given twice."""
+    """Calibration data is missing, empty, too little, of unknown form, unfit for the model, or given twice."""
 
     code = "HFC501"
 

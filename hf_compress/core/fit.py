@@ -51,6 +51,23 @@ def fit(plan: Plan, wanted: str, min_coverage: float) -> Plan:
     raise _refusal(plan, closest, refusals[closest])
 
 
+def holds(plan: Plan, name: str) -> bool:
+    """Whether a format holds every quantized row of a plan."""
+    return not _refusals(plan, name)
+
+
+def in_format(plan: Plan, name: str) -> Plan:
+    """A plan that was carried out, for a save in another format; its rows stay as they are.
+
+    Raises:
+        FormatError: The format can't hold it.
+    """
+    refused = _refusals(plan, name)
+    if refused:
+        raise _refusal(plan, name, refused)
+    return plan.model_copy(update={"format": name})
+
+
 def _refusals(plan: Plan, name: str) -> dict[str, str]:
     """Why a format can't hold some rows, by the rows' names."""
     layout = FORMATS.get(name)

@@ -113,6 +113,31 @@ class PlanRow(BaseModel):
         return schemes.packed_bytes(self.shape, self.quantization, _itemsize(self.dtype))
 
 
+class CalibrationRecord(BaseModel):
+    """What a result says of its calibration data; never the data itself.
+
+    Attributes:
+        source: Where it came from: `texts`, `conversations`, `token ids`, `dataset`, `file`, `batches`, `images`,
+            `sound`, `default` (text that comes with Python), `self-generated` or `distilled`.
+        sha256: Of the names, types, shapes and bytes of the tensors that the model got.
+        rows: Rows used.
+        tokens: Tokens used, padding left out; None where there is no text.
+        sequence_length: Most tokens in a row; None where there is no text.
+        seed: Seed of the draw.
+        packed: Whether texts were joined and cut into rows of equal length.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    rows: NonNegativeInt
+    tokens: NonNegativeInt | None = None
+    sequence_length: NonNegativeInt | None = None
+    seed: NonNegativeInt
+    packed: bool = False
+
+
 class Plan(BaseModel):
     """The resolved plan of a whole model; serialisable, saved with the model.
 
@@ -126,6 +151,7 @@ class Plan(BaseModel):
         stock_dequantize: Whether stock transformers must dequantize while loading, because this architecture's
             initialisation can't handle packed layers.
         notes: Remarks that a user should read.
+        calibration: What is known of the calibration data; None where the method used none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -138,6 +164,7 @@ class Plan(BaseModel):
     small_parameters: int
     stock_dequantize: bool = False
     notes: tuple[str, ...] = ()
+    calibration: CalibrationRecord | None = None
 
     @field_validator("format")
     @classmethod

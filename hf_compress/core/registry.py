@@ -16,6 +16,7 @@ from .errors import MethodError, nearest
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
+    from ..calibration.block import Compressor
     from .config import QuantConfig, QuantFields
     from .plan import Plan, PlanRow
     from .scheme import Scheme
@@ -43,12 +44,18 @@ class Quantized:
         zero_point: int8 tensor of the scale's shape, or None when symmetric.
         codebook: float32 tensor of 2^bits values in -1 … 1, or None for a uniform grid. A code is a position in it,
             minus 2^(bits - 1).
+        g_idx: int32 group of each column (columns), or None where groups are consecutive columns.
+        input_scale: Floating scale of the module's input (1), where it is quantized statically; else None.
+        input_zero_point: int8 zero point of the input (1), or None when symmetric.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     codebook: Tensor | None = None
+    g_idx: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,11 @@ class Method:
         quantize: Quantizes a floating weight (rows × columns or experts × rows × columns) to a scheme; None for
             pure casts.
         needs_data: Whether calibration data is needed.
-        quantizes_activations: Whether the scheme of a linear layer also quantizes its input.
+        compressor: Of methods that need data: makes what compresses one block of the model after the other.
+        gram_copies: Of methods that need data: float32 matrices of columns × columns that it holds at once, for the
+            widest weight.
+        quantizes_activations: Whether the scheme of a linear layer also quantizes its input at run time, which depends
+            on the input's rank.
         notes: Remarks on these fields for the plan, such as what this processor is slow at.
     """
 
@@ -73,6 +84,8 @@ class Method:
     scheme: Callable[[QuantFields, Weight], Scheme | dtype | str]
     quantize: Callable[[Tensor, Scheme], Quantized] | None = None
     needs_data: bool = False
+    compressor: Callable[[QuantFields], Compressor] | None = None
+    gram_copies: int = 0
     quantizes_activations: bool = False
     notes: Callable[[QuantFields], tuple[str, ...]] | None = None
 
@@ -148,7 +161,7 @@ class Registry(Generic[Entry]):
 METHODS: Registry[Method] = Registry("method")
 FORMATS: Registry[Format] = Registry("format")
 
-for _name in ("rtn", "hqq", "codebook", "int8_dynamic", "cast"):
+for _name in ("rtn", "hqq", "codebook", "int8_dynamic", "int8_static", "cast", "autoround", "gptq", "awq"):
     METHODS.declare(_name, f"hf_compress.methods.{_name}")
 for _name, _module in (
     ("compressed-tensors", "compressed_tensors"),
@@ -156,6 +169,7 @@ for _name, _module in (
     ("torchao", "torchao"),
     ("gptq", "gptq"),
     ("gptq_v2", "gptq"),
+    ("awq", "awq"),
     ("guarded", "guarded"),
     ("dense", "dense"),
 ):

@@ -1,7 +1,7 @@
 """From public fields to compressed-tensors' vocabulary, and readable labels back.
 
 Below the public fields there is no other vocabulary than `QuantizationArgs` and `QuantizationScheme`, extended by
-one field for what they can't say: that codes are positions in a codebook.
+two fields for what they can't say: that codes are positions in a codebook, that groups are not consecutive columns.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ class Scheme(QuantizationScheme):
     Attributes:
         codebook: Kind of the table; None for a uniform grid. The table itself is stored with the weight, its values
             lie in -1 … 1 and a group's scale is its absolute maximum.
+        reordered: Whether a `g_idx` names the group of each column, as GPTQ with `desc_act` has it.
     """
 
     codebook: Codebook | None = None
+    reordered: bool = False
 
 
 def weight_args(bits: int, group_size: int | str, symmetric: bool) -> QuantizationArgs:
@@ -41,6 +43,11 @@ def token_args() -> QuantizationArgs:
 def tensor_args() -> QuantizationArgs:
     """Inputs: symmetric INT8, one scale for the whole tensor, computed at run time."""
     return QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="tensor", dynamic=True)
+
+
+def static_args(symmetric: bool) -> QuantizationArgs:
+    """Inputs: INT8, one scale for the whole tensor, fixed beforehand."""
+    return QuantizationArgs(num_bits=8, type="int", symmetric=symmetric, strategy="tensor", dynamic=False)
 
 
 def scheme(
@@ -69,17 +76,18 @@ def with_half_scales(given: Scheme) -> Scheme:
 
 
 def label(given: Scheme) -> str:
-    """A short name, such as `int4-g64`, `int4-g64-asym`, `nf4-g64`, `kmeans3-channel` or `w8a8-dynamic-token`."""
+    """A short name, such as `int4-g64`, `int4-g64-asym`, `nf4-g64`, `kmeans3-channel`, `w8a8-static-tensor`."""
     weights = given.weights
     if weights is None:
         return "float"
     inputs = given.input_activations
     if inputs is not None:
-        return f"w{weights.num_bits}a{inputs.num_bits}-{'dynamic' if inputs.dynamic else 'static'}-{inputs.strategy}"
+        when, end = "dynamic" if inputs.dynamic else "static", "" if inputs.symmetric else "-asym"
+        return f"w{weights.num_bits}a{inputs.num_bits}-{when}-{inputs.strategy}{end}"
     span = f"g{weights.group_size}" if weights.strategy == "group" else str(weights.strategy)
     if given.codebook is not None:
         return f"{given.codebook.removesuffix('4')}{weights.num_bits}-{span}"
-    return f"int{weights.num_bits}-{span}" + ("" if weights.symmetric else "-asym")
+    return f"int{weights.num_bits}-{span}{'' if weights.symmetric else '-asym'}{'-act' if given.reordered else ''}"
 
 
 def groups(shape: tuple[int, ...], args: QuantizationArgs) -> tuple[int, ...]:
@@ -90,7 +98,7 @@ def groups(shape: tuple[int, ...], args: QuantizationArgs) -> tuple[int, ...]:
 
 
 def packed_bytes(shape: tuple[int, ...], given: Scheme, scale_bytes: int) -> int:
-    """Bytes of codes, scales, zero points and codebook of a canonical weight.
+    """Bytes of codes, scales, zero points and codebook of a canonical weight, and of its input's static grid.
 
     Args:
         shape: … × rows × columns.
@@ -103,4 +111,7 @@ def packed_bytes(shape: tuple[int, ...], given: Scheme, scale_bytes: int) -> int
     words = shape[-1] if args.num_bits == 8 else ceil(shape[-1] * args.num_bits / 32) * 4
     count = prod(groups(shape, args))
     table = 0 if given.codebook is None else 4 * 2**args.num_bits
-    return prod(shape[:-1]) * words + count * scale_bytes + (0 if args.symmetric else count) + table
+    table += 4 * shape[-1] if given.reordered else 0
+    inputs = given.input_activations
+    static = 0 if inputs is None or inputs.dynamic else scale_bytes + (0 if inputs.symmetric else 1)
+    return prod(shape[:-1]) * words + count * scale_bytes + (0 if args.symmetric else count) + table + static

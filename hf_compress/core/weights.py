@@ -24,7 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import listed
 
-PACKED_SUFFIXES = ("packed", "scale", "zero_point", "codebook")
+PACKED_SUFFIXES = ("packed", "scale", "zero_point", "codebook", "g_idx", "input_scale", "input_zero_point")
 """Of the buffers that a packed parameter becomes."""
 
 

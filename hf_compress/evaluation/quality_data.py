@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.modeling_auto import (
@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from hf_compress.calibration.data_model import vocabulary
 from hf_compress.core.errors import EvaluationDataError, UnsupportedModelError, nearest
 
 from .quality_results import TASKS
@@ -273,13 +274,9 @@ def check_ids(models: Sequence[PreTrainedModel], ids: Tensor) -> None:
         EvaluationDataError: An id is negative or too large.
     """
     for model in models:
-        embedding = model.get_input_embeddings()
-        if (
-            isinstance(embedding, nn.Embedding)
-            and not 0 <= int(ids.min()) <= int(ids.max()) < embedding.num_embeddings
-        ):
+        known = vocabulary(model)
+        if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
             raise EvaluationDataError(
-                f"Token ids run from {int(ids.min())} to {int(ids.max())}, but the model has "
-                f"{embedding.num_embeddings} embeddings.",
+                f"Token ids run from {int(ids.min())} to {int(ids.max())}, but the model has {known} embeddings.",
                 fix="pass the tokenizer that belongs to the model",
             )

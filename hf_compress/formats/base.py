@@ -13,7 +13,7 @@ from ..core.errors import CorruptCheckpointError
 from ..core.plan import DTYPES, Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import PACKED_SUFFIXES
-from ..modules.packed import Layout, PackedTensor
+from ..modules.packed import PackedTensor
 from ..modules.swap import PackedModule, packed_modules, packed_tensor
 
 ACTIVATION_LIMIT = 1e-5
@@ -100,20 +100,16 @@ def integers_and_sides(tensors: Mapping[str, Tensor]) -> set[str]:
     """
     codes = {key for key, value in tensors.items() if value.dtype in (torch.int8, torch.int32)}
     bases = {key.removesuffix("_packed") for key in codes}
-    sides = {f"{base}_{side}" for base in bases for side in ("scale", "shape", "zero_point", "codebook")}
-    return codes | (sides & set(tensors))
+    names = ("scale", "shape", "zero_point", "codebook", "input_scale", "input_zero_point")
+    sides = {f"{base}_{side}" for base in bases for side in names}
+    modules = {key.removesuffix("weight") for key in codes if f".{key}".endswith(".weight")}
+    inputs = {f"{module}{side}" for module in modules for side in ("input_scale", "input_zero_point")}
+    return codes | ((sides | inputs) & set(tensors))
 
 
 def plain_path(path: str) -> str:
     """A module's path without what PEFT and torch.compile put in when they wrap a layer."""
     return path.replace(".base_layer", "").replace("._orig_mod", "")
-
-
-def layout_of(row: PlanRow) -> Layout:
-    """The packed layout that a row plans."""
-    if row.quantization is None:
-        raise ValueError(f"{row.name} is not quantized")
-    return Layout(row.shape, row.quantization, row.transposed, row.kernel)
 
 
 def take(tensors: Mapping[str, Tensor], key: str) -> Tensor:
@@ -145,6 +141,7 @@ def checked(row: PlanRow, packed: PackedTensor, expected: Mapping[str, tuple[int
         seen["zero_point"] = tuple(packed.zero_point.shape)
     if packed.codebook is not None:
         seen["codebook"] = tuple(packed.codebook.shape)
+    _check_order(row, packed)
     for part, shape in expected.items():
         if seen.get(part, shape) != shape:
             raise CorruptCheckpointError(
@@ -168,25 +165,79 @@ def _check_sides(row: PlanRow, packed: PackedTensor) -> None:
             raise CorruptCheckpointError(f"The {part} of {row.name} holds NaN or infinite values.", "save it again")
 
 
+def _check_order(row: PlanRow, packed: PackedTensor) -> None:
+    """Refuse a `g_idx` where none is planned, or that does not name a group of each column."""
+    groups, order = packed.scale.shape[-1], packed.g_idx
+    if (order is not None) != bool(row.quantization and row.quantization.reordered):
+        raise CorruptCheckpointError(
+            f"{row.name} has {'no' if order is None else 'a'} g_idx, and its plan says otherwise.", "save it again"
+        )
+    if order is None:
+        return
+    if order.dtype != torch.int32 or tuple(order.shape) != row.shape[-1:]:
+        raise CorruptCheckpointError(
+            f"The g_idx of {row.name} is {order.dtype} {tuple(order.shape)}, expected int32 {row.shape[-1:]}.",
+            "save it again",
+        )
+    low, high = int(order.min()), int(order.max())
+    if low < 0 or high >= groups:
+        raise CorruptCheckpointError(
+            f"The g_idx of {row.name} names group {low if low < 0 else high}; there are {groups}.", "save it again"
+        )
+
+
+def input_grid(row: PlanRow, tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and zero point of a row's input, as its plan has them.
+
+    Args:
+        row: The row.
+        tensors: Tensors by their names on disk.
+        prefix: What the names `input_scale` and `input_zero_point` begin with.
+
+    Raises:
+        CorruptCheckpointError: One is missing, or has another type or shape than planned, or the scale is no positive
+            number.
+    """
+    inputs = row.quantization.input_activations if row.quantization is not None else None
+    if inputs is None or inputs.dynamic:
+        return None, None
+    scale = take(tensors, f"{prefix}input_scale")
+    zero_point = None if inputs.symmetric else take(tensors, f"{prefix}input_zero_point")
+    usable = scale.is_floating_point() and tuple(scale.shape) == (1,) and bool((scale > 0) & scale.isfinite())
+    if not usable:
+        raise CorruptCheckpointError(
+            f"The input scale of {row.name} is {scale.dtype} {tuple(scale.shape)} {scale.flatten()[:1].tolist()}, "
+            "expected one positive floating-point number.",
+            "save it again",
+        )
+    if zero_point is not None and (zero_point.dtype != torch.int8 or tuple(zero_point.shape) != (1,)):
+        raise CorruptCheckpointError(
+            f"The input zero point of {row.name} is {zero_point.dtype} {tuple(zero_point.shape)}, expected int8 (1,).",
+            "save it again",
+        )
+    return scale, zero_point
+
+
 def tie_refusal(row: PlanRow) -> str | None:
     """Why a format without a place for shared codes can't hold a row, or None."""
     return None if row.tied_to is None else f"it holds no {row.scheme} weight that is tied to another ({row.tied_to})"
 
 
 def check_scale_type(row: PlanRow, packed: PackedTensor) -> None:
-    """Refuse a scale of another type than its row's; the record tells the type at the time of saving.
+    """Refuse scales, also of static inputs, of another type than their row's, which is that of the time of saving.
 
     Args:
         row: The row.
         packed: Its packed weight.
 
     Raises:
-        CorruptCheckpointError: It has another type.
+        CorruptCheckpointError: One has another type.
     """
-    if packed.scale.dtype != DTYPES[row.dtype]:
-        raise CorruptCheckpointError(
-            f"The scale of {row.name} is {packed.scale.dtype}, the plan says {row.dtype}.", "save it again"
-        )
+    for what, scale in (("scale", packed.scale), ("input scale", packed.input_scale)):
+        if scale is not None and scale.dtype != DTYPES[row.dtype]:
+            raise CorruptCheckpointError(
+                f"The {what} of {row.name} is {scale.dtype}, the plan says {row.dtype}.", "save it again"
+            )
 
 
 def format_of(plan: Plan) -> CheckpointFormat:

@@ -26,8 +26,8 @@ from ..core.errors import CorruptCheckpointError, FormatError
 from ..core.plan import DTYPES, Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
-from ..modules.packed import PackedTensor, from_words, to_words
-from .base import Limits, layout_of, take, tie_refusal
+from ..modules.packed import PackedTensor, from_words, layout_of, to_words
+from .base import Limits, take, tie_refusal
 
 NAME = "bitsandbytes"
 

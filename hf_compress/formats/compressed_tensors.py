@@ -18,8 +18,16 @@ from ..core.errors import CorruptCheckpointError
 from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
-from ..modules.packed import PackedTensor, from_words, to_words, words_shape
-from .base import ACTIVATION_LIMIT, Limits, checked, integers_and_sides, layout_of, take, tie_refusal
+from ..modules.packed import PackedTensor, from_words, layout_of, to_words, words_shape
+from .base import (
+    ACTIVATION_LIMIT,
+    Limits,
+    checked,
+    input_grid,
+    integers_and_sides,
+    take,
+    tie_refusal,
+)
 
 EXPERTS_TARGET = "re:.*experts.*"
 
@@ -44,6 +52,8 @@ class CompressedTensorsFormat:
             return f"it holds nn.Linear and nn.Embedding, not {row.owner}"
         if row.quantization is not None and row.quantization.codebook is not None:
             return f"it holds uniform grids, not {row.quantization.codebook}"
+        if row.quantization is not None and row.quantization.reordered:
+            return "its readers no longer take groups of columns that are not consecutive (act-order's g_idx)"
         if not weights.symmetric and weights.strategy == "tensor":
             return "stock transformers can't read one zero point per tensor"
         if not _needs_dequantize(plan):
@@ -109,7 +119,8 @@ class CompressedTensorsFormat:
         """One packed weight, in canonical layout."""
         layout = layout_of(row)
         if row.kind is not WeightKind.EXPERTS:
-            packed = PackedTensor(layout, *_decode(row.name, row, row.shape, tensors))
+            inputs = input_grid(row, tensors, f"{row.name}.")
+            packed = PackedTensor(layout, *_decode(row.name, row, row.shape, tensors), None, None, *inputs)
         else:
             shape = (row.shape[-2] // len(row.parts), row.shape[-1])
             pairs = [
@@ -190,7 +201,10 @@ def _names(row: PlanRow) -> list[str]:
 def _suffixes(row: PlanRow) -> list[str]:
     """Names of the tensors of one module on disk."""
     if _is_int_quantized(row):
-        return ["weight", "weight_scale"]
+        inputs = row.quantization.input_activations if row.quantization is not None else None
+        if inputs is None or inputs.dynamic:
+            return ["weight", "weight_scale"]
+        return ["weight", "weight_scale", "input_scale", *([] if inputs.symmetric else ["input_zero_point"])]
     asymmetric = row.quantization and row.quantization.weights and not row.quantization.weights.symmetric
     return ["weight_packed", "weight_scale", "weight_shape", *(["weight_zero_point"] if asymmetric else [])]
 
@@ -200,7 +214,9 @@ def _encode(name: str, packed: PackedTensor, int_quantized: bool) -> dict[str, T
     rows, columns = packed.layout.shape
     bits = packed.layout.weights.num_bits
     if int_quantized:
-        return {f"{name}.weight": packed.codes, f"{name}.weight_scale": packed.scale}
+        inputs = {"input_scale": packed.input_scale, "input_zero_point": packed.input_zero_point}
+        sides = {f"{name}.{side}": value for side, value in inputs.items() if value is not None}
+        return {f"{name}.weight": packed.codes, f"{name}.weight_scale": packed.scale, **sides}
     words = to_words(packed.codes, bits) if packed.codes.dtype == torch.int8 else packed.codes
     found = {
         f"{name}.weight_packed": words,

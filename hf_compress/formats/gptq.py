@@ -9,29 +9,37 @@ stored: less one (`gptq`), or as they are (`gptq_v2`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import scheme as schemes
-from ..core.errors import CorruptCheckpointError, FormatError
+from ..core.errors import FormatError
 from ..core.plan import DTYPES, Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import WeightKind
-from ..modules.packed import PackedTensor, from_words, to_words
-from .base import Limits, checked, layout_of, take, tie_refusal
+from ..modules.packed import PackedTensor, from_words, layout_of, to_words
+from .base import Limits, checked, take, tie_refusal
+from .integers import (
+    ROUNDINGS,
+    check,
+    check_finite,
+    check_half,
+    corrupt,
+    endings,
+    half,
+    rounding,
+    symmetric_or,
+    with_half_scales,
+)
 
 BITS = (2, 3, 4, 8)
 """Widths that transformers' `GPTQConfig` accepts."""
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that GPTQModel's kernels accept, besides one group for all inputs."""
-
-ROUNDINGS = 8
-"""Limit on outputs of GPTQModel's kernels, in units of the last place of the coarser of float16 and the weights' type:
-they multiply codes and scales in float16, and sum in another order."""
 
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 _HELD = (WeightKind.LINEAR, WeightKind.CONV1D)
@@ -60,16 +68,13 @@ class GPTQFormat:
         return tie_refusal(row) or _place_refusal(row, plan) or _grid_refusal(row) or _mixture_refusal(row, plan)
 
     def adapted(self, row: PlanRow) -> PlanRow:
-        """Scales are stored as float16, into which stock loading would cast others as well."""
-        if row.quantization is None or row.dtype == "float16":
-            return row
-        return row.model_copy(update={"quantization": schemes.with_half_scales(row.quantization)})
+        """Scales are stored as float16."""
+        return with_half_scales(row)
 
     def limits(self, plan: Plan) -> Limits:
         """GPTQModel's arithmetic is that of float16; its choice of kernels knows no meta device."""
-        types = (torch.float16, *(DTYPES[row.dtype] for row in plan.quantized))
-        rounding = max(torch.finfo(dtype).eps for dtype in types)
-        return Limits(outputs=ROUNDINGS * rounding, weights=rounding, on_meta=False)
+        unit = rounding(plan.quantized)
+        return Limits(outputs=ROUNDINGS * unit, weights=unit, on_meta=False)
 
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """What `GPTQConfig` needs to replace the planned layers and no others; no calibration data.
@@ -87,7 +92,7 @@ class GPTQFormat:
             "bits": bits,
             "group_size": size,
             "sym": symmetric,
-            "desc_act": False,
+            "desc_act": any(layout_of(row).scheme.reordered for row in plan.quantized),
             "checkpoint_format": self.name,
             "lm_head": any(row.module.rpartition(".")[2] == "lm_head" for row in plan.quantized),
             "block_name_to_quantize": "",
@@ -123,8 +128,8 @@ class GPTQFormat:
         parts = (
             words.t().contiguous(),
             to_words(self._stored_zeros(row, packed), bits),
-            _half(row, packed.scale).t().contiguous(),
-            _group_index(row, columns).to(words.device),
+            half(row, packed.scale).t().contiguous(),
+            (_group_index(row, columns) if packed.g_idx is None else packed.g_idx).to(words.device),
         )
         return dict(zip(self.keys(row), parts, strict=True))
 
@@ -138,23 +143,39 @@ class GPTQFormat:
         Raises:
             CorruptCheckpointError: A tensor is missing, or is not what the plan implies.
         """
+        check_half(row, take(tensors, f"{row.module}.scales"))
+        take(tensors, f"{row.module}.g_idx")
+        return self.read(row, tensors)
+
+    def read(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
+        """`decode` for tensors of whatever origin: scales of any floating type, `g_idx` only where it says something.
+
+        Args:
+            row: Its row of the plan.
+            tensors: Tensors by name.
+
+        Raises:
+            CorruptCheckpointError: A tensor is missing, or is not what the plan implies.
+        """
         layout = layout_of(row)
         bits, (rows, columns) = layout.weights.num_bits, row.shape
-        qweight, qzeros, scales, g_idx = (take(tensors, key) for key in self.keys(row))
+        qweight, _, scales = (take(tensors, key) for key in self.keys(row)[:3])
+        implied = not layout.scheme.reordered and f"{row.module}.g_idx" not in tensors
+        g_idx = _group_index(row, columns) if implied else take(tensors, f"{row.module}.g_idx")
         grid = schemes.groups(row.shape, layout.weights)
-        _check(row, "qweight", qweight, torch.int32, (columns * bits // 32, rows))
-        _check(row, "qzeros", qzeros, torch.int32, (grid[1], rows * bits // 32))
-        _check(row, "scales", scales, torch.float16, (grid[1], rows))
-        _check(row, "g_idx", g_idx, torch.int32, (columns,))
-        if not torch.equal(g_idx, _group_index(row, columns)):
-            raise _corrupt(f"{row.module}.g_idx does not count the groups up, as this package writes it")
-        if not bool(torch.isfinite(scales).all()):
-            raise _corrupt(f"{row.module}.scales holds NaN or infinite values")
+        check(row, "qweight", qweight, torch.int32, (columns * bits // 32, rows))
+        check(row, "scales", scales, scales.dtype, (grid[1], rows))
+        check(row, "g_idx", g_idx, torch.int32, (columns,))
+        if not layout.scheme.reordered and not torch.equal(g_idx, _group_index(row, columns)):
+            raise corrupt(f"{row.module}.g_idx does not count the groups up, as the plan says")
+        check_finite(row, scales)
         words = qweight.t().contiguous()
         codes = words if bits < 8 else from_words(words, bits, columns)
-        zero_point = self._read_zeros(row, from_words(qzeros, bits, rows).t().contiguous())
+        zero_point = symmetric_or(row, self.zero_points(row, tensors))
         scale = scales.t().contiguous().to(DTYPES[row.dtype])
-        return checked(row, PackedTensor(layout, codes, scale, zero_point), {"scale": grid, "zero_point": grid})
+        order = g_idx if layout.scheme.reordered else None
+        packed = PackedTensor(layout, codes, scale, zero_point, g_idx=order)
+        return checked(row, packed, {"scale": grid, "zero_point": grid})
 
     def _stored_zeros(self, row: PlanRow, packed: PackedTensor) -> Tensor:
         """Zero points as they are stored, signed: int8, groups × outputs.
@@ -176,21 +197,24 @@ class GPTQFormat:
             )
         return (packed.zero_point - self.offset).t().contiguous()
 
-    def _read_zeros(self, row: PlanRow, stored: Tensor) -> Tensor | None:
-        """Zero points from what is stored (int8, outputs × groups); None where the plan is symmetric.
+    def zero_points(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Zero points (int8, outputs × groups), 0 in the middle of the grid.
+
+        Args:
+            row: Its row of the plan.
+            tensors: Tensors by name.
 
         Raises:
-            CorruptCheckpointError: They can't come from a plan like this.
+            CorruptCheckpointError: They are missing, or not what the plan implies, or hold what readers disagree on.
         """
-        weights = layout_of(row).weights
-        if self.offset and bool((stored == (1 << (weights.num_bits - 1)) - 1).any()):
-            raise _corrupt(f"{row.module}.qzeros holds {2**weights.num_bits - 1}, which {self.name!r} never stores")
-        zero_point = stored + self.offset
-        if not weights.symmetric:
-            return zero_point
-        if bool(zero_point.any()):
-            raise _corrupt(f"{row.module}.qzeros is not the middle of the grid, though the plan is symmetric")
-        return None
+        weights, rows = layout_of(row).weights, row.shape[0]
+        bits, groups = weights.num_bits, schemes.groups(row.shape, weights)[1]
+        qzeros = take(tensors, f"{row.module}.qzeros")
+        check(row, "qzeros", qzeros, torch.int32, (groups, rows * bits // 32))
+        stored = from_words(qzeros, bits, rows).t().contiguous()
+        if self.offset and bool((stored == (1 << (bits - 1)) - 1).any()):
+            raise corrupt(f"{row.module}.qzeros holds {2**bits - 1}, which {self.name!r} never stores")
+        return stored + self.offset
 
 
 def _place_refusal(row: PlanRow, plan: Plan) -> str | None:
@@ -259,60 +283,13 @@ def _others(plan: Plan) -> tuple[str, ...]:
 
 def _ending(row: PlanRow, others: tuple[str, ...]) -> str | None:
     """The first ending of a name that no kept layer's name has, or None."""
-    return next((end for end in _endings(row.module) if not any(other.endswith(end) for other in others)), None)
-
-
-def _endings(name: str) -> Iterator[str]:
-    """Endings of a module's name: within its block, with its block's number, then the whole name."""
-    parts = name.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    if number is None:
-        yield ".".join(parts[-2:])
-    else:
-        yield ".".join(parts[number + 1 :])
-        yield ".".join(parts[max(number - 1, 0) :])
-    yield name
+    return next((end for end in endings(row.module) if not any(other.endswith(end) for other in others)), None)
 
 
 def _group_index(row: PlanRow, columns: int) -> Tensor:
     """The group of each input: int32, in order."""
     groups = schemes.groups(row.shape, layout_of(row).weights)[1]
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)
-
-
-def _half(row: PlanRow, scale: Tensor) -> Tensor:
-    """Scales as they are stored, float16.
-
-    Raises:
-        FormatError: That would change them.
-    """
-    if scale.dtype != DTYPES[row.dtype]:
-        raise FormatError(
-            f"{row.name} was compressed in {row.dtype} and is {scale.dtype} now. Nothing was written.",
-            "compress the model in the data type that it will have: from_pretrained(dtype=...)",
-        )
-    stored = scale.to(torch.float16)
-    if not torch.equal(stored.to(scale.dtype), scale):
-        raise FormatError(
-            f"Scales of {row.name} do not fit float16, which the layout stores. Nothing was written.",
-            'use format="guarded", or a method whose scales follow the scheme',
-        )
-    return stored
-
-
-def _check(row: PlanRow, suffix: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of another type or shape.
-
-    Raises:
-        CorruptCheckpointError: It is not what the plan implies.
-    """
-    if value.dtype != dtype or tuple(value.shape) != shape:
-        raise _corrupt(f"{row.module}.{suffix} is {value.dtype} {tuple(value.shape)}, the plan says {dtype} {shape}")
-
-
-def _corrupt(message: str) -> CorruptCheckpointError:
-    """The error for tensors that this package would not have written."""
-    return CorruptCheckpointError(f"{message}.", "save it again")
 
 
 FORMATS.register(GPTQFormat("gptq", offset=1))

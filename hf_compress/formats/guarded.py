@@ -15,8 +15,8 @@ from ..core import scheme as schemes
 from ..core.plan import Plan, PlanRow
 from ..core.registry import FORMATS
 from ..core.weights import PACKED_SUFFIXES
-from ..modules.packed import PackedTensor, words_shape
-from .base import Limits, checked, integers_and_sides, layout_of, take
+from ..modules.packed import PackedTensor, layout_of, words_shape
+from .base import Limits, checked, input_grid, integers_and_sides, take
 
 GUARD = "hf_compress-guarded"
 
@@ -57,20 +57,20 @@ class GuardedFormat:
         return integers_and_sides(tensors)
 
     def encode(self, row: PlanRow, packed: PackedTensor) -> dict[str, Tensor]:
-        """Codes, scale, zero point and codebook under the names that packed modules use; of tied weights once."""
+        """All parts under the names that packed modules use; of tied weights once."""
         if row.tied_to is not None:
             return {}
-        parts = (packed.codes, packed.scale, packed.zero_point, packed.codebook)
-        named = zip(PACKED_SUFFIXES, parts, strict=True)
-        return {f"{row.key}_{suffix}": value for suffix, value in named if value is not None}
+        return {f"{row.key}_{suffix}": value for suffix, value in packed.parts().items()}
 
     def decode(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
         """One packed weight."""
         layout = layout_of(row)
         bits = layout.weights.num_bits
         parts = {suffix: take(tensors, f"{row.key}_{suffix}") for suffix in _suffixes(row)}
-        zero_point, codebook = parts.get("zero_point"), parts.get("codebook")
-        packed = PackedTensor(layout, parts["packed"], parts["scale"], zero_point, codebook)
+        sides = {side: parts.get(side) for side in ("zero_point", "codebook", "g_idx")}
+        scale, zero_point = input_grid(row, tensors, f"{row.key}_")
+        inputs = {"input_scale": scale, "input_zero_point": zero_point}
+        packed = PackedTensor(layout, parts["packed"], parts["scale"], **sides, **inputs)
         grid = schemes.groups(row.shape, layout.weights)
         shape = row.shape if bits == 8 else words_shape(row.shape, bits)
         return checked(row, packed, {"codes": shape, "scale": grid, "zero_point": grid, "codebook": (2**bits,)})
@@ -79,8 +79,18 @@ class GuardedFormat:
 def _suffixes(row: PlanRow) -> list[str]:
     """Which buffers a packed weight has."""
     layout = layout_of(row)
-    asymmetric, table = not layout.weights.symmetric, layout.scheme.codebook is not None
-    return ["packed", "scale", *(["zero_point"] if asymmetric else []), *(["codebook"] if table else [])]
+    inputs = layout.scheme.input_activations
+    static = inputs is not None and not inputs.dynamic
+    there = {
+        "packed": True,
+        "scale": True,
+        "zero_point": not layout.weights.symmetric,
+        "codebook": layout.scheme.codebook is not None,
+        "g_idx": layout.scheme.reordered,
+        "input_scale": static,
+        "input_zero_point": static and inputs is not None and not inputs.symmetric,
+    }
+    return [suffix for suffix in PACKED_SUFFIXES if there[suffix]]
 
 
 FORMATS.register(GuardedFormat())

@@ -20,7 +20,7 @@ _FORM = (
     *("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda", "is_sparse", "is_quantized"),
     *("requires_grad", "grad_fn", "is_leaf", "itemsize", "nbytes"),
 )
-_CHEAP: set[object] = {
+ABOUT_FORM: set[object] = {
     *(getattr(Tensor, name).__get__ for name in _FORM),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size),
     *(Tensor.is_floating_point, torch.is_floating_point, torch.is_complex, Tensor.is_complex, Tensor.__len__),
@@ -68,7 +68,7 @@ class LazyWeight(Tensor):
             raise refusal("Assigning .data" if func is _SET_DATA else f"{getattr(func, '__name__', 'This')}")
         if func in (_GET_DATA, Tensor.detach):
             return args[0]
-        if func in _CHEAP:
+        if func in ABOUT_FORM:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **options)
         if func is torch.nn.functional.embedding and _looks_up_rows(args, options):

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..core import scheme as schemes
 from ..core.errors import RowError
+from ..core.plan import PlanRow
 from ..core.registry import Quantized
+from ..core.weights import PACKED_SUFFIXES
 
 CHUNK = 1 << 15
 """Codes packed at a time, so that temporary memory does not grow with the weight."""
@@ -69,6 +71,9 @@ class PackedTensor:
         scale: Floating, per group, per row or for the tensor.
         zero_point: int8 of the scale's shape, or None.
         codebook: Floating, 2^bits values, or None for a uniform grid.
+        g_idx: int32 group of each column, or None where groups are consecutive columns.
+        input_scale: Floating scale of the module's input (1), where it is quantized statically; else None.
+        input_zero_point: int8 zero point of the input (1), or None when symmetric.
     """
 
     layout: Layout
@@ -76,6 +81,23 @@ class PackedTensor:
     scale: Tensor
     zero_point: Tensor | None = None
     codebook: Tensor | None = None
+    g_idx: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that there are, by `PACKED_SUFFIXES`."""
+        values = (
+            self.codes,
+            self.scale,
+            self.zero_point,
+            self.codebook,
+            self.g_idx,
+            self.input_scale,
+            self.input_zero_point,
+        )
+        named = zip(PACKED_SUFFIXES, values, strict=True)
+        return {suffix: value for suffix, value in named if value is not None}
 
     def dense(self) -> Tensor:
         """The dense parameter, in the scale's data type and the module's own orientation."""
@@ -89,7 +111,7 @@ class PackedTensor:
         shape = self.layout.shape[1:] if isinstance(index, int) else (len(self.codes[index]), *self.layout.shape[1:])
         zero_point = None if self.zero_point is None else self.zero_point[index]
         layout = replace(self.layout, shape=shape, kernel=())
-        return PackedTensor(layout, self.codes[index], self.scale[index], zero_point, self.codebook)
+        return PackedTensor(layout, self.codes[index], self.scale[index], zero_point, self.codebook, self.g_idx)
 
     def rows(self, index: Tensor) -> Tensor:
         """Dequantized rows of a weight with scales per row or group, as an embedding looks them up.
@@ -110,8 +132,15 @@ class PackedTensor:
             )
         picked = replace(self.layout, shape=(flat.numel(), columns))
         zero_point = None if self.zero_point is None else self.zero_point[flat]
-        found = PackedTensor(picked, self.codes[flat], self.scale[flat], zero_point, self.codebook)
+        found = PackedTensor(picked, self.codes[flat], self.scale[flat], zero_point, self.codebook, self.g_idx)
         return dequantize(found).view(*index.shape, columns)
+
+
+def layout_of(row: PlanRow) -> Layout:
+    """The packed layout that a row plans."""
+    if row.quantization is None:
+        raise ValueError(f"{row.name} is not quantized")
+    return Layout(row.shape, row.quantization, row.transposed, row.kernel)
 
 
 def pack(quantized: Quantized, layout: Layout, into: PackedTensor | None = None) -> PackedTensor:
@@ -132,7 +161,12 @@ def pack(quantized: Quantized, layout: Layout, into: PackedTensor | None = None)
         packed.zero_point.copy_(quantized.zero_point)
     if packed.codebook is not None and quantized.codebook is not None:
         packed.codebook.copy_(quantized.codebook)
-    return packed
+    return replace(
+        packed,
+        g_idx=quantized.g_idx,
+        input_scale=quantized.input_scale,
+        input_zero_point=quantized.input_zero_point,
+    )
 
 
 def allocate(layout: Layout, dtype: torch.dtype, device: torch.device) -> PackedTensor:
@@ -213,10 +247,20 @@ def dequantize(packed: PackedTensor) -> Tensor:
         if packed.zero_point is not None:
             values = values - packed.zero_point.to(values.dtype)
         return values * packed.scale
+    if packed.g_idx is not None:
+        return _reordered(packed, values, packed.g_idx)
     grouped = values.unflatten(-1, (packed.scale.shape[-1], -1))
     if packed.zero_point is not None:
         grouped = grouped - packed.zero_point.to(values.dtype).unsqueeze(-1)
     return (grouped * packed.scale.unsqueeze(-1)).flatten(-2)
+
+
+def _reordered(packed: PackedTensor, values: Tensor, g_idx: Tensor) -> Tensor:
+    """Values of codes whose columns belong to groups in any order."""
+    groups = g_idx.long()
+    if packed.zero_point is not None:
+        values = values - packed.zero_point.to(values.dtype)[..., groups]
+    return values * packed.scale[..., groups]
 
 
 def _looked_up(packed: PackedTensor, codebook: Tensor) -> Tensor:
@@ -237,6 +281,5 @@ def words_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
 
 
 def nbytes(packed: PackedTensor) -> int:
-    """Bytes of codes, scales, zero points and codebook."""
-    tensors = (packed.codes, packed.scale, packed.zero_point, packed.codebook)
-    return sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors if tensor is not None)
+    """Bytes of all its tensors."""
+    return sum(prod(tensor.shape) * tensor.element_size() for tensor in packed.parts().values())

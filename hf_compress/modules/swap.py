@@ -1,8 +1,9 @@
 """Packing in place by class swap.
 
 The module keeps its class as a base, so `isinstance(module, nn.Linear)` holds and PEFT and user code keep working.
-The parameter becomes packed buffers (`weight_packed`, `weight_scale`, `weight_zero_point`, `weight_codebook`), and a
-property of the parameter's name gives the dense values on demand. The reference forward is the original forward.
+The parameter becomes packed buffers (`weight_packed`, `weight_scale`, and where there are any `weight_zero_point`,
+`weight_codebook`, `weight_g_idx`, `weight_input_scale`, `weight_input_zero_point`), and a property of the parameter's
+name gives the dense values on demand. The reference forward is the original forward.
 """
 
 from __future__ import annotations
@@ -146,15 +147,19 @@ def runs_kernel(module: nn.Module, *values: Tensor) -> bool:
 def _quantized_input(value: Tensor, args: QuantizationArgs, module: nn.Module) -> Tensor:
     """compressed-tensors' fake quantization of an input; gradients pass straight through the rounding.
 
-    Its scale per token is that of (batch, tokens, features). In two dimensions it would span the batch, in four the
-    third one, so inputs of other ranks are given as one batch of tokens: a row never depends on another.
+    A static scale is the stored one. A dynamic scale per token is that of (batch, tokens, features). In two
+    dimensions it would span the batch, in four the third one, so inputs of other ranks are given as one batch of
+    tokens: a row never depends on another.
     """
     if value.numel() == 0:
         return value
     given = value.detach()
-    if args.strategy == "token" and value.ndim != 3:
-        given = given.reshape(1, -1, value.shape[-1])
-    scale, zero_point = compute_dynamic_scales_and_zp(value=given, args=args, module=module)
+    if not args.dynamic:
+        scale, zero_point = module.get_buffer("weight_input_scale"), module._buffers.get("weight_input_zero_point")
+    else:
+        if args.strategy == "token" and value.ndim != 3:
+            given = given.reshape(1, -1, value.shape[-1])
+        scale, zero_point = compute_dynamic_scales_and_zp(value=given, args=args, module=module)
     rounded = fake_quantize(given, scale, zero_point, args).view(value.shape)
     if torch.is_grad_enabled() and value.requires_grad:
         return value + (rounded - value).detach()
@@ -177,10 +182,8 @@ def pack_module(module: nn.Module, name: str, packed: PackedTensor) -> None:
     if isinstance(module, PackedRecurrent):  # else its lists would keep the dense weights alive
         vars(module).pop("_flat_weights", None)
         vars(module)["_flat_weight_refs"] = []
-    parts = (packed.codes, packed.scale, packed.zero_point, packed.codebook)
-    for suffix, value in zip(PACKED_SUFFIXES, parts, strict=True):
-        if value is not None:
-            module.register_buffer(f"{name}_{suffix}", value)
+    for suffix, value in packed.parts().items():
+        module.register_buffer(f"{name}_{suffix}", value)
 
 
 def share_packed(source: nn.Module, name: str, module: nn.Module, parameter: str) -> None:
@@ -224,8 +227,8 @@ def packed_tensor(module: nn.Module, name: str) -> PackedTensor:
     codes, scale = buffers[f"{name}_packed"], buffers[f"{name}_scale"]
     if not isinstance(module, PackedModule) or codes is None or scale is None:
         raise TypeError(f"{type(module).__name__}.{name} is not packed")
-    zero_point, codebook = (buffers.get(f"{name}_{suffix}") for suffix in PACKED_SUFFIXES[2:])
-    return PackedTensor(module.hfc_layouts[name], codes, scale, zero_point, codebook)
+    rest = (buffers.get(f"{name}_{suffix}") for suffix in PACKED_SUFFIXES[2:])
+    return PackedTensor(module.hfc_layouts[name], codes, scale, *rest)
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,14 @@ from ..checkpoint.atomic import atomic_directory, check_output, recover
 from ..checkpoint.save import load, output_path, save
 from ..checkpoint.stock import load_source
 from ..checkpoint.worker import CleanWorker
-from ..core.errors import AlreadyQuantizedError, ConfigError, HFCompressError, UnsupportedModelError
+from ..core.config import Calibration, QuantConfig
+from ..core.errors import (
+    AlreadyQuantizedError,
+    CalibrationError,
+    ConfigError,
+    HFCompressError,
+    UnsupportedModelError,
+)
 from ..evaluation.comparison import Comparison, Entry, Failure, Original, baseline_quality
 from ..evaluation.comparison_files import MARKER, write_comparison
 from ..evaluation.environment import Environment, environment
@@ -49,6 +56,7 @@ class _Job:
     data: Data | None
     tokenizer: Processor | None
     task: Task | None
+    calibration: Calibration | None
     inputs: object
     pairs: int
     max_length: int | None
@@ -62,6 +70,7 @@ def compare(
     *,
     tokenizer: Processor | None = None,
     task: Task | None = None,
+    calibration: Any = None,
     inputs: object = None,
     out: str | Path | None = None,
     pairs: int = 20,
@@ -74,8 +83,7 @@ def compare(
 ) -> Comparison:
     """Quantize a model in several ways and measure each as it ships: saved, proven, reloaded, against the original.
 
-    A configuration that is refused or fails is an entry with its error, and the others go on. Everything given is
-    checked before the first is tried.
+    One that is refused or fails is an entry with its error, and the others go on. All is checked before the first.
 
     Args:
         model_or_id: A Hub id or directory, or a live model, which is copied and stays as it is.
@@ -84,6 +92,7 @@ def compare(
         data: Labelled examples or texts for quality, see `evaluate`; None measures none.
         tokenizer: Tokenizer of the texts, or image processor of the images.
         task: `"classification"`, `"causal-lm"` or `"embedding"`; told from the model's class by default.
+        calibration: Calibration data for all configurations that need data and have none of their own.
         inputs: Forward arguments for latency, a dict of tensors or a list of them; made by default.
         out: Directory for `comparison.json`, `comparison.md` and `pareto.png`; appears when all are measured.
         pairs: Timed pairs per input, at least 8.
@@ -96,7 +105,7 @@ def compare(
 
     Raises:
         ConfigError: There is no configuration, or what is given for one is none, or a name is not possible.
-        BackendError: A picture is wanted and matplotlib is absent.
+        CalibrationError, BackendError: No configuration takes the data; a picture is wanted and matplotlib is absent.
         OutputExistsError, WriteError: The output is taken, or can't be written.
         HFCompressError: The original, the data or the inputs don't fit, or every configuration failed: then of the
             first one's kind, with all of them in its message.
@@ -105,8 +114,9 @@ def compare(
     _check(out, keep_checkpoints, overwrite, progress)
     check_timing(pairs, WARMUP, time.perf_counter)
     check_arguments(task, max_length, batch_size)
+    shared = _shared_calibration(calibration, named, tokenizer)
     source, baseline = _original(model_or_id)
-    job = _Job(source, baseline, data, tokenizer, task, inputs, pairs, max_length, batch_size)
+    job = _Job(source, baseline, data, tokenizer, task, shared, inputs, pairs, max_length, batch_size)
     _check_measurable(job)
     with _folder(out, overwrite) as folder, CleanWorker() if worker is None else nullcontext(worker) as clean:
         comparison = _carry_out(job, named, folder, clean, keep_checkpoints, progress)
@@ -154,6 +164,30 @@ def _check(out: object, keep_checkpoints: bool, overwrite: bool, progress: objec
     recover(target, (MARKER,))
     check_output(target, overwrite, (MARKER,))
     require_matplotlib()
+
+
+def _shared_calibration(
+    given: object, configs: Mapping[str, Request], tokenizer: Processor | None
+) -> Calibration | None:
+    """Calibration data for those that need some, read with the comparison's tokenizer unless it has its own.
+
+    Raises:
+        CalibrationError: None needs it.
+    """
+    if given is None:
+        return None
+    if not any(_wants_data(config) for config in configs.values()):
+        raise CalibrationError(
+            f"Calibration data was given, but none of {', '.join(configs)} takes it.",
+            "leave `calibration` out, or compare a method that needs data, such as GPTQQuantConfig()",
+        )
+    shared = given if isinstance(given, Calibration) else Calibration(given)
+    return shared if shared.tokenizer is not None else replace(shared, tokenizer=tokenizer)
+
+
+def _wants_data(config: Request) -> bool:
+    """Whether a configuration needs calibration data and has none of its own."""
+    return isinstance(config, QuantConfig) and config.spec.needs_data and config.calibration is None
 
 
 def _original(model_or_id: object) -> tuple[PreTrainedModel | str | Path, PreTrainedModel]:
@@ -218,7 +252,8 @@ def _outcome(job: _Job, config: Request, path: Path, worker: CleanWorker, keep: 
 def _measure(job: _Job, config: Request, path: Path, worker: CleanWorker) -> Report:
     """Quantize, save with proof, reload, measure."""
     source = copy.deepcopy(job.source) if isinstance(job.source, PreTrainedModel) else job.source
-    save(quantize(source, config), path, tokenizer=job.tokenizer, worker=worker)
+    calibration = job.calibration if _wants_data(config) else None
+    save(quantize(source, copy.copy(config), calibration), path, tokenizer=job.tokenizer, worker=worker)
     del source
     return evaluate(
         load(path),

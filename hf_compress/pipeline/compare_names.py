@@ -84,7 +84,10 @@ def _own_parts(config: QuantConfig) -> list[str]:
     if "dtype" in fields:
         parts.append(str(fields["dtype"]))
     told = {"symmetric": "asym", "embeddings": "emb8", "skip": "skip", "rules": "rules", "default_rules": "all"}
+    told |= {"smoothing": "smooth", "act_order": "in-order"}
     parts += [word for name, word in told.items() if name in changed]
+    parts += [str(changed[name]).replace("_", "-") for name in ("observer", "preset") if name in changed]
+    parts += [f"{changed['iterations']}it"] if "iterations" in changed else []
     return parts + ([str(changed["format"])] if "format" in changed else [])
 
 

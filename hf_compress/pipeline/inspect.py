@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..checkpoint.foreign import measured_plan, running_kernels
+from ..checkpoint.foreign_int import foreign_plan, open_foreign
+from ..checkpoint.foreign_settings import Settings, foreign_settings
 from ..checkpoint.handover import current_plan
 from ..checkpoint.proof import current_record
 from ..checkpoint.record import Proof
@@ -48,7 +50,8 @@ def inspect(model_or_path: nn.Module | str | Path) -> Inspection:
     """Inspect a model in memory or a checkpoint directory.
 
     Args:
-        model_or_path: A model, or the directory of a checkpoint that this package wrote.
+        model_or_path: A model, or the directory of a checkpoint that this package wrote, or of another tool's GPTQ
+            or AWQ checkpoint.
 
     Raises:
         CheckpointNotFoundError: There is no checkpoint of ours at the path.
@@ -63,6 +66,9 @@ def inspect(model_or_path: nn.Module | str | Path) -> Inspection:
             "pass a model or its checkpoint",
         )
     path = Path(model_or_path)
+    settings = foreign_settings(path)
+    if settings is not None:
+        return _inspect_foreign(path, settings)
     record = current_record(path)
     return Inspection(
         source=record.source or str(path),
@@ -75,6 +81,20 @@ def inspect(model_or_path: nn.Module | str | Path) -> Inspection:
             *record.plan.notes,
             *([record.proof.reason] if record.proof.level == "none" and record.proof.reason else []),
         ),
+    )
+
+
+def _inspect_foreign(path: Path, settings: Settings) -> Inspection:
+    """What a GPTQ or AWQ checkpoint is that another tool wrote; no codes are read."""
+    source = open_foreign(path, settings)
+    plan = foreign_plan(source, source.skeleton())
+    return Inspection(
+        source=str(path),
+        plan=plan,
+        coverage=plan.coverage,
+        by_scheme=plan.by_scheme(),
+        disk_bytes=disk_bytes(path).total,
+        notes=("not written by hf_compress, and not proven", *plan.notes),
     )
 
 

@@ -8,30 +8,53 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.block import Finished
 from ..checkpoint.handover import hand_over
 from ..checkpoint.load import ReadRequest
-from ..checkpoint.session import LoadSession, release_ties
+from ..checkpoint.session import LoadSession, place, release_ties
 from ..core.config import QuantConfig
 from ..core.errors import WeightValueError
 from ..core.plan import DTYPES, Plan, PlanRow
 from ..modules.kernels.choose import choose_kernels
 from ..modules.packed import PackedTensor
 from .apply import pack_weight, with_results
+from .calibrate import ResultRequest, calibrate_live, set_changed
 from .planning import plan_model
 
 logger = logging.getLogger(__name__)
 
 
-def start(model: PreTrainedModel, request: QuantConfig | ReadRequest) -> LoadSession:
+class DeferredSession(LoadSession):
+    """A load that packs nothing: calibration needs the dense model first.
+
+    Args:
+        plan: The plan to carry out once the weights are there.
+        request: The request, with the data.
+    """
+
+    def __init__(self, plan: Plan, request: QuantConfig) -> None:
+        super().__init__(plan, _pack_nothing, request.progress)
+        self.request = request
+        self.rows = {}
+
+
+def _pack_nothing(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
+    """What is never called."""
+    raise ValueError(f"{row.name} is packed after the load")
+
+
+def start(model: PreTrainedModel, request: QuantConfig | ReadRequest | ResultRequest) -> LoadSession:
     """Plan a model on the meta device and prepare to pack its weights.
 
     Raises:
         HFCompressError: The plan is refused; nothing has been read yet.
     """
-    if isinstance(request, ReadRequest):
+    if not isinstance(request, QuantConfig):
         return request.session(model)
     plan = plan_model(model, request)
     announce(plan)
+    if request.spec.needs_data:
+        return DeferredSession(plan, request)
     release_ties(model, plan)
 
     def quantize(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
@@ -52,8 +75,29 @@ def finish(model: PreTrainedModel, session: LoadSession) -> None:
     Raises:
         HFCompressError: A weight could not be quantized or was missing.
     """
+    if isinstance(session, DeferredSession):
+        plan, finished = calibrate_live(model, session.plan, session.request, session.progress)
+        swap_all(model, plan, finished)
+        return
     session.finish()
     complete(model, with_results(session.plan, session.sqnr))
+
+
+def swap_all(model: torch.nn.Module, plan: Plan, finished: Finished) -> None:
+    """Put everything that became of a live model into it, and hand it over.
+
+    Args:
+        model: The model, dense so far.
+        plan: Its plan.
+        finished: Packed weights, their noise, and changed values of what stays dense.
+    """
+    set_changed(model, finished.changed)
+    for row in plan.quantized:
+        if row.tied_to is None:
+            place(model, plan, row, finished.packed[row.name])
+    ties = {row.name: finished.sqnr[row.tied_to] for row in plan.quantized if row.tied_to is not None}
+    release_ties(model, plan)
+    complete(model, with_results(plan, finished.sqnr | ties))
 
 
 def complete(model: torch.nn.Module, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
 
-from ..checkpoint.handover import plan_of
+from ..checkpoint.handover import check_awq, plan_of
 from ..checkpoint.inputs import input_ranks
 from ..checkpoint.plain import class_name, is_plain
 from ..checkpoint.stock import architecture_of
@@ -44,6 +45,7 @@ def plan(model_or_id: nn.Module | str | Path, config: Request, min_coverage: flo
 
     Raises:
         HFCompressError: The plan is refused; the code says why.
+        UnsupportedModelError: The model is inside of another module, such as `torch.compile`'s, or has adapters.
         ModelNotFoundError: There is no such model.
     """
     return plan_request(model_or_id, config, min_coverage)[0]
@@ -92,8 +94,43 @@ def plan_model(model: nn.Module, config: QuantConfig) -> Plan:
             f"{type(model).__name__} is quantized already; quantizing twice would compound the error.",
             "start from the original model",
         )
+    _check_bare(model)
     with torch.random.fork_rng(devices=[]):
         return _planned(model, config)
+
+
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "pass model._orig_mod, and compile it afterwards",
+    ("torch.nn", "DataParallel"): "pass model.module",
+    ("torch.nn.parallel", "DistributedDataParallel"): "pass model.module",
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"): "load the model again, on one device",
+    ("peft", "PeftModel"): "model = model.merge_and_unload()",
+    ("peft", "PeftMixedModel"): "model = model.merge_and_unload()",
+}
+"""Classes that hold a model, and how to get it out."""
+
+
+def _check_bare(model: nn.Module) -> None:
+    """Refuse a model that is inside of something else, or has adapters.
+
+    Raises:
+        UnsupportedModelError: Its weights would go by other names, or the adapters' be taken for its own.
+    """
+    for (module, name), fix in _WRAPPERS.items():
+        if _is(model, module, name):
+            raise UnsupportedModelError(f"{type(model).__name__} is not the model itself but holds it.", fix)
+    for path, inner in model.named_modules():
+        if _is(inner, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an adapter at {path}, which would be taken for weights of its own.",
+                "merge the adapters before: PeftModel.from_pretrained(base, adapters).merge_and_unload()",
+            )
+
+
+def _is(value: nn.Module, module: str, name: str) -> bool:
+    """Whether something is an instance of a class; no instance exists of what was never imported."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(value, vars(loaded).get(name, ()))
 
 
 def _planned(model: nn.Module, config: QuantConfig) -> Plan:
@@ -101,6 +138,8 @@ def _planned(model: nn.Module, config: QuantConfig) -> Plan:
     drafted = build_plan(model, config, _ranks(model, config))
     if drafted.format in ("gptq", "gptq_v2"):
         return drafted.model_copy(update={"notes": (*drafted.notes, *_gptq_notes(model, drafted))})
+    if drafted.format == "awq" and isinstance(model, PreTrainedModel):
+        check_awq(model, drafted)
     if drafted.format != "compressed-tensors" or not _breaks_stock_init(model, drafted):
         return drafted
     redrafted = drafted.model_copy(update={"stock_dequantize": True})

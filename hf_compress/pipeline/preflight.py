@@ -8,12 +8,12 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ..calibration.data import check_data
 from ..checkpoint.proof import HEADROOM
+from ..core.config import QuantConfig
 from ..core.plan import Plan
-from .planning import Request, plan_request
-
-WORKING_COPIES = 3
-"""Copies of the largest weight that quantizing needs for a moment: the weight, its rounding, its codes."""
+from .footprint import WORKING_COPIES, footprint
+from .planning import Request, meta_model, plan_request
 
 
 class Preflight(BaseModel):
@@ -23,7 +23,9 @@ class Preflight(BaseModel):
         plan: The resolved plan.
         bytes_before: Bytes of all parameters now.
         bytes_after: Bytes of all parameters once the plan is carried out; about the size of the weights on disk.
-        peak_bytes: Memory that quantizing needs beyond the checkpoint's mapped files.
+        peak_bytes: Memory that quantizing needs beyond the checkpoint's mapped files, the packed model included; of a
+            live model, beyond the model.
+        streamed_bytes: The same from disk to disk, where results are mapped files too.
         proof_bytes: Memory that a full proof needs; with less, `hf_compress.save` proves the truncated level.
         free_bytes: Memory that the system has free.
         notes: Remarks that a user should read.
@@ -35,6 +37,7 @@ class Preflight(BaseModel):
     bytes_before: int
     bytes_after: int
     peak_bytes: int
+    streamed_bytes: int
     proof_bytes: int
     free_bytes: int
     notes: tuple[str, ...]
@@ -58,19 +61,42 @@ def preflight(model_or_id: nn.Module | str | Path, config: Request, min_coverage
         row.dense_bytes for row in plan.rows
     )
     before = sum(row.dense_bytes for row in plan.rows) + rest
-    packed = sum(row.planned_bytes for row in changed)
-    largest = max((row.dense_bytes for row in changed), default=0)
     after = sum(row.planned_bytes for row in plan.rows) + (rest if changed else _cast_rest(plan, rest))
-    peak = packed + WORKING_COPIES * largest if changed else after
+    peak, streamed = _peaks(model, plan, config) if changed else (after, after)
     return Preflight(
         plan=plan,
         bytes_before=before,
         bytes_after=after,
         peak_bytes=peak,
+        streamed_bytes=streamed,
         proof_bytes=int((after if plan.backend else before) * HEADROOM),
         free_bytes=psutil.virtual_memory().available,
         notes=(*plan.notes, *_notes(plan, peak, before, live)),
     )
+
+
+def check_calibration(model_id: str | Path, config: QuantConfig) -> None:
+    """Refuse a request that is complete but for the data that its method needs; reads no weights.
+
+    Args:
+        model_id: A Hub id or a directory.
+        config: The request, with all the data that it will get.
+
+    Raises:
+        CalibrationError: See `hf_compress.calibration.data.check_data`.
+    """
+    if config.spec.needs_data:
+        check_data(config.calibration, meta_model(model_id))
+
+
+def _peaks(model: nn.Module, plan: Plan, config: Request) -> tuple[int, int]:
+    """Memory of its own that quantizing takes: of a model that stays in memory, and from disk to disk."""
+    if isinstance(config, QuantConfig):
+        found = footprint(model, plan, config)
+        return found.loaded, found.streamed
+    largest = max(row.dense_bytes for row in plan.rows)
+    peak = sum(row.planned_bytes for row in plan.rows if row.backend is not None) + WORKING_COPIES * largest
+    return peak, peak
 
 
 def _cast_rest(plan: Plan, rest: int) -> int:

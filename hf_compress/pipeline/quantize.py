@@ -11,16 +11,17 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from ..checkpoint.session import place, release_ties
+from ..calibration.block import Finished
 from ..checkpoint.stock import load_source
 from ..core.config import Calibration, QuantConfig
 from ..core.errors import CalibrationError, ConfigError, UnsupportedModelError
 from ..core.plan import Plan
 from ..core.weights import kept_in_float32
-from .apply import pack_weight, with_results
+from .apply import pack_weight
 from .backends import backend_of, quantize_stock
-from .loading import announce, check_range, complete
-from .planning import Request, check_config, model_class, model_config, plan_model, plan_request
+from .calibrate import calibrate_live, calibrate_source, memory_results
+from .loading import announce, check_range, complete, swap_all
+from .planning import Request, check_config, meta_model, model_class, model_config, plan_model, plan_request
 
 Progress = Callable[[int, int], None]
 
@@ -56,10 +57,14 @@ def quantize(
     if not isinstance(config, QuantConfig) and backend_of(config) is not None:
         return _quantize_by_library(model_or_id, config, calibration, progress, min_coverage)
     check_config(config, min_coverage)
-    _check_calibration(config, calibration)
+    config = with_calibration(config, calibration)
     if isinstance(model_or_id, nn.Module):
         return _quantize_live(model_or_id, config, progress)
     architecture = model_class(model_config(model_or_id), model_or_id)
+    if config.spec.needs_data:
+        made = plan_model(meta_model(model_or_id), config)
+        announce(made)
+        return calibrate_source(model_or_id, made, config, architecture, memory_results, progress)
     request = copy(config)
     request.progress = progress
     return load_source(architecture, model_or_id, quantization_config=request)
@@ -85,17 +90,19 @@ def _quantize_by_library(
     return model
 
 
-def _check_calibration(config: QuantConfig, calibration: Any) -> None:
-    """Data once, and only where it is used."""
+def with_calibration(config: QuantConfig, calibration: Any) -> QuantConfig:
+    """A request with data, which is given once, and only where it is used; the user's own request stays as it is."""
     if calibration is None:
-        return
+        return config
     if config.calibration is not None:
         raise CalibrationError(
             "Calibration data was given twice: in the configuration and as an argument.", "give it once"
         )
     if not config.spec.needs_data:
         raise CalibrationError(f"The method {config.method!r} needs no calibration data.", "leave `calibration` out")
-    config.calibration = Calibration(calibration)
+    request = copy(config)
+    request.calibration = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    return request
 
 
 @torch.no_grad()
@@ -111,19 +118,24 @@ def _quantize_live(model: nn.Module, config: QuantConfig, progress: Progress | N
     announce(made)
     if config.load_dtype is not None:
         return _cast_live(model, made, config.load_dtype)
-    packed, noise = {}, {}
-    own = [row for row in made.quantized if row.tied_to is None]
+    if config.spec.needs_data:
+        made, finished = calibrate_live(model, made, config, progress)
+    else:
+        finished = _pack_all(model, made, progress)
+    swap_all(model, made, finished)
+    return model
+
+
+def _pack_all(model: nn.Module, plan: Plan, progress: Progress | None) -> Finished:
+    """Pack all weights, one after the other; ties once."""
+    finished = Finished()
+    own = [row for row in plan.quantized if row.tied_to is None]
     for row in own:
         parameter = model.get_submodule(row.module).get_parameter(row.parameter)
-        packed[row.name], noise[row.name] = pack_weight(row, parameter, made.method)
+        finished.packed[row.name], finished.sqnr[row.name] = pack_weight(row, parameter, plan.method)
         if progress is not None:
-            progress(len(packed), len(own))
-    for row in own:
-        place(model, made, row, packed[row.name])
-    noise |= {row.name: noise[str(row.tied_to)] for row in made.quantized if row.tied_to is not None}
-    release_ties(model, made)
-    complete(model, with_results(made, noise))
-    return model
+            progress(len(finished.packed), len(own))
+    return finished
 
 
 def _cast_live(model: nn.Module, plan: Plan, dtype: torch.dtype) -> nn.Module:

@@ -1,7 +1,8 @@
 """Recipes: configurations as YAML or JSON files, some of them packaged.
 
 A recipe is the dictionary that `QuantConfig.from_dict` takes: the key `method`, the method's fields, and optionally
-the `version` of hf_compress that it was written for.
+the `version` of hf_compress that it was written for. Of methods that need data it may also hold `calibration`: where
+the data is and how much of it to use, never the data itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import stat
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import yaml
 from packaging.version import InvalidVersion, Version
 
 from .. import _version
-from ..core.config import QuantConfig
-from ..core.errors import ConfigError, MethodError, first_line, nearest
+from ..core.config import Calibration, QuantConfig
+from ..core.errors import CalibrationError, ConfigError, MethodError, first_line, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ FOLDER = Path(__file__).resolve().parent.parent / "configs"
 """The packaged recipes."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
+DATA_KEYS = ("path", *(field.name for field in fields(Calibration) if field.name not in ("data", "tokenizer")))
+"""Keys of `calibration`."""
+GENERATED = "generated"
+"""Instead of a path: the model makes its own data."""
 LARGEST = 1 << 20
 """Bytes of the largest file that is taken for a recipe."""
 
@@ -48,11 +53,7 @@ def load_config(name_or_path: str | Path) -> QuantConfig:
     recipe = _read(_find(name_or_path))
     values = recipe.values
     newer = _is_newer(recipe, values.pop("version", None))
-    if values.pop("calibration", None) is not None:
-        raise ConfigError(
-            f"{recipe.place(('calibration',))}: a recipe holds no calibration data.",
-            "remove the key and give the data in Python: calibration=... of the configuration",
-        )
+    calibration = _calibration(recipe, values.pop("calibration", None))
     try:
         made: QuantConfig = QuantConfig.from_dict(values)
     except (ConfigError, MethodError) as error:
@@ -71,7 +72,12 @@ def load_config(name_or_path: str | Path) -> QuantConfig:
             "%s was written for hf_compress %s, and this is %s: defaults may differ.",
             *(recipe.file, newer, _version.__version__),
         )
-    return made
+    if calibration is None:
+        return made
+    try:
+        return type(made)(**made.fields.model_dump(exclude_unset=True), calibration=calibration)
+    except CalibrationError as error:
+        raise ConfigError(f"{recipe.place(('calibration',))}: {error.message}", error.fix) from None
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,50 @@ class _Recipe:
                 node = node.value[step]
                 line = node.start_mark.line
         return str(self.file) if line is None else f"{self.file}, line {line + 1}"
+
+
+def _calibration(recipe: _Recipe, given: object) -> Calibration | None:
+    """What a recipe says of its data; a path is relative to the recipe.
+
+    Raises:
+        ConfigError: A key is unknown, a value impossible, or there is no such file.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ConfigError(
+            f"{recipe.place(('calibration',))}: a recipe holds no calibration data, only where it is.",
+            "calibration: {path: texts.txt, rows: 128}",
+        )
+    if unknown := [key for key in given if key not in DATA_KEYS]:
+        raise ConfigError(
+            f"{recipe.place(('calibration', unknown[0]))}: Unknown key {unknown[0]!r}. "
+            f"{nearest(str(unknown[0]), DATA_KEYS)}".rstrip(),
+            f"known keys: {', '.join(DATA_KEYS)}",
+        )
+    settings = {key: value for key, value in given.items() if key != "path"}
+    if isinstance(size := settings.get("image_size"), list):
+        settings["image_size"] = tuple(size)
+    data = _data_path(recipe, given["path"]) if "path" in given else None
+    try:
+        return Calibration(data, **settings)
+    except CalibrationError as error:
+        culprit = next((key for key in settings if error.message.startswith(key)), None)
+        place = recipe.place(("calibration",) if culprit is None else ("calibration", culprit))
+        raise ConfigError(f"{place}: {error.message}", error.fix) from None
+
+
+def _data_path(recipe: _Recipe, given: object) -> str | Path:
+    """The file that a recipe names, or the word for generated data."""
+    if given == GENERATED:
+        return GENERATED
+    place = recipe.place(("calibration", "path"))
+    if not isinstance(given, str):
+        raise ConfigError(f"{place}: path={given!r} is not the name of a file.", "path: texts.txt")
+    path = recipe.file.parent / given
+    if not path.is_file():
+        raise ConfigError(f"{place}: There is no file {path}.", "a path is relative to the recipe")
+    return path
 
 
 class _Loader(yaml.SafeLoader):

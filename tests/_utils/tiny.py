@@ -306,6 +306,23 @@ MORE: dict[str, Built] = {
         "MobileNetV2Config",
         {"image_size": 32, "depth_multiplier": 0.25, "num_labels": 4},
     ),
+    "switch": (
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": HIDDEN,
+            "d_kv": 16,
+            "d_ff": 128,
+            "num_layers": LAYERS,
+            "num_decoder_layers": LAYERS,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "num_heads": 4,
+            "num_experts": 4,
+            "decoder_start_token_id": 0,
+        },
+    ),
     "wav2vec2": (
         "Wav2Vec2ForCTC",
         "Wav2Vec2Config",

@@ -21,6 +21,24 @@ FUNCTIONS = {
     # core/weights.py, checkpoint/load.py
     "transformers.conversion_mapping:get_model_conversion_mapping": ("model", "add_legacy"),
     "transformers.core_model_loading:apply_renamings": ("source_key", "weight_renamings"),
+    # checkpoint/shards.py
+    "transformers.core_model_loading:rename_source_key": (
+        "source_key",
+        "weight_renamings",
+        "weight_converters",
+        "base_model_prefix",
+        "meta_state_dict",
+    ),
+    "transformers.core_model_loading:dot_natural_key": ("s",),
+    "transformers.core_model_loading:WeightConverter.add_tensor": (
+        "target_key",
+        "source_key",
+        "source_pattern",
+        "future",
+    ),
+    "transformers.core_model_loading:WeightConverter.convert": ("layer_name", "model", "config"),
+    "transformers.modeling_utils:PreTrainedModel.initialize_weights": (),
+    "transformers.modeling_utils:PreTrainedModel.tie_weights": ("recompute_mapping",),
     # core/weights.py, formats/bitsandbytes.py
     "transformers.quantizers.quantizers_utils:should_convert_module": ("full_name", "patterns"),
     # integrations/transformers.py

@@ -20,7 +20,14 @@ from hf_compress.checkpoint.worker import CleanWorker
 from hf_compress.core import errors
 from hf_compress.core.errors import HFCompressError
 
-from . import error_cases_backends, error_cases_config, error_cases_files, error_cases_models, error_cases_use
+from . import (
+    error_cases_backends,
+    error_cases_calibration,
+    error_cases_config,
+    error_cases_files,
+    error_cases_models,
+    error_cases_use,
+)
 from .error_cases import Arena, Case, CommandFailed, Library, fingerprint, tree
 
 CASES: tuple[Case, ...] = (
@@ -29,6 +36,7 @@ CASES: tuple[Case, ...] = (
     *error_cases_files.CASES,
     *error_cases_use.CASES,
     *error_cases_backends.CASES,
+    *error_cases_calibration.CASES,
 )
 
 NOT_PROVOKED = {

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..swap import PackedModule, packed_modules
-from .int_mm import IntMatmul
+from .int_mm import IntMatmul, StaticIntMatmul
 from .int_recurrent import RecurrentIntMatmul
 from .protocol import Kernel
 
-KERNELS: tuple[Kernel, ...] = (IntMatmul(), RecurrentIntMatmul())
+KERNELS: tuple[Kernel, ...] = (IntMatmul(), StaticIntMatmul(), RecurrentIntMatmul())
 """Fastest first."""
 
 REFERENCE = "reference"

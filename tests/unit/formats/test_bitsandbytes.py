@@ -21,12 +21,12 @@ from hf_compress.core.errors import CorruptCheckpointError, FormatError
 from hf_compress.core.fit import fit
 from hf_compress.core.plan import DTYPES, Plan, PlanRow
 from hf_compress.core.registry import Quantized
-from hf_compress.formats.base import encode_model, format_of, layout_of
+from hf_compress.formats.base import encode_model, format_of
 from hf_compress.formats.bitsandbytes import BLOCK_SIZES, TABLES
 from hf_compress.methods.codebook import CodebookQuantConfig
 from hf_compress.methods.int8_dynamic import Int8DynamicQuantConfig
 from hf_compress.methods.rtn import RTNQuantConfig
-from hf_compress.modules.packed import PackedTensor, pack
+from hf_compress.modules.packed import PackedTensor, layout_of, pack
 from hf_compress.modules.swap import packed_modules, packed_tensor
 from hf_compress.pipeline.apply import pack_weight
 from hf_compress.pipeline.planning import plan

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from hf_compress.checkpoint.save import load, save
+from hf_compress.checkpoint.worker import CleanWorker
 from hf_compress.core.config import QuantConfig
-from hf_compress.core.errors import CorruptCheckpointError
+from hf_compress.core.errors import CorruptCheckpointError, FormatError
 from hf_compress.core.plan import Plan, PlanRow
 from hf_compress.formats.base import CheckpointFormat, encode_model, format_of
 from hf_compress.methods.cast import CastConfig
@@ -18,7 +22,7 @@ from hf_compress.modules.swap import packed_modules, packed_tensor
 from hf_compress.pipeline.planning import plan
 from hf_compress.pipeline.quantize import quantize
 from tests._utils.packing import packed_of
-from tests._utils.tiny import tiny
+from tests._utils.tiny import output, tiny, tiny_dir, tiny_inputs
 
 CASES: dict[str, tuple[str, QuantConfig]] = {
     **{f"int{bits}": ("llama", RTNQuantConfig(bits=bits)) for bits in range(2, 9)},
@@ -261,3 +265,31 @@ def test_dense_holds_nothing_packed() -> None:
         layout.encode(row, packed_row(row))
     with pytest.raises(ValueError, match="dense checkpoint"):
         layout.decode(row, {})
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq"])
+def test_scales_of_another_format_are_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    """Scales that were made for compressed-tensors are float32; these layouts store float16."""
+    model = quantize(tiny("llama"), RTNQuantConfig(bits=4, group_size=32))
+    with pytest.raises(FormatError, match=f"{name!r} stores scales as float16") as caught:
+        save(model, tmp_path / "out", format=name)
+    assert f'format="{name}" in its configuration' in str(caught.value.fix)
+    assert not list(tmp_path.iterdir())
+    assert model.config.quantization_config.to_dict()["quant_method"] == "compressed-tensors"
+
+
+def test_scales_that_fit_may_change_their_format(tmp_path: Path, worker: CleanWorker) -> None:
+    """Those of bfloat16 models, as long as they are no smaller than float16's."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir("llama", tmp_path / "dense"), dtype=torch.bfloat16)
+    model = quantize(model, RTNQuantConfig(bits=4, group_size=32))
+    save(model, tmp_path / "out", format="gptq_v2", worker=worker)
+    inputs = tiny_inputs(model)
+    assert torch.equal(output(load(tmp_path / "out"), inputs), output(model, inputs))
+
+
+def test_an_unknown_format_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    model = quantize(tiny("llama"), RTNQuantConfig(bits=4, group_size=32))
+    with pytest.raises(FormatError, match="no format 'nope'") as caught:
+        save(model, tmp_path / "out", format="nope")
+    assert all(repr(name) in str(caught.value.fix) for name in ("gptq_v2", "awq", "guarded", "compressed-tensors"))
+    assert not list(tmp_path.iterdir())

@@ -260,7 +260,7 @@ def test_wrong_values_are_corrupt() -> None:
     row = made.quantized[0]
     tensors = layout.encode(row, packed_row(row))
     order = tensors[f"{row.module}.g_idx"].flip(0)
-    with pytest.raises(CorruptCheckpointError, match="g_idx does not count the groups up"):
+    with pytest.raises(CorruptCheckpointError, match="g_idx does not count the groups up, as the plan says"):
         layout.decode(row, {**tensors, f"{row.module}.g_idx": order})
     for bad in (float("nan"), float("inf")):
         scales = tensors[f"{row.module}.scales"].clone()

@@ -16,7 +16,8 @@ from hf_compress.methods.cast.method import scheme as cast_scheme
 from hf_compress.methods.rtn.config import RTNFields
 from hf_compress.methods.rtn.method import CHUNK, quantize, scheme
 from hf_compress.modules.packed import dequantize
-from hf_compress.pipeline.apply import check_values, pack_weight, sqnr_db
+from hf_compress.modules.results import check_values, sqnr_db
+from hf_compress.pipeline.apply import pack_weight
 from hf_compress.pipeline.planning import plan
 from hf_compress.pipeline.quantize import quantize as quantize_model
 from tests._utils.packing import packed_of

@@ -237,6 +237,33 @@ def test_a_compressed_model_is_refused() -> None:
 # --- names -------------------------------------------------------------------------------------------------
 
 
+def test_data_goes_to_those_that_need_some_and_configurations_stay_as_they_are(
+    worker: CleanWorker, tmp_path: Path
+) -> None:
+    texts = [f"text number {index} of the words that {index * index} tests read" for index in range(64)]
+    data = {"tokenizer": tiny_tokenizer(), "rows": 8, "sequence_length": 32}
+    configs = {
+        "shared": hfc.GPTQQuantConfig(group_size=32),
+        "own": hfc.GPTQQuantConfig(group_size=32, calibration=hfc.Calibration(texts, **data, seed=7)),
+        "none": INT8,
+    }
+    found = hfc.compare(
+        tiny("llama"),
+        configs,
+        tokenizer=tiny_tokenizer(),
+        calibration=hfc.Calibration(texts, rows=9, sequence_length=32, seed=3),
+        inputs=SHORT,
+        out=tmp_path / "out",
+        pairs=8,
+        keep_checkpoints=True,
+        worker=worker,
+    )
+    assert list(found.reports) == list(configs)
+    assert configs["shared"].calibration is None
+    records = [hfc.inspect(tmp_path / "out" / "checkpoints" / name).plan.calibration for name in configs]
+    assert [one and (one.rows, one.seed) for one in records] == [(9, 3), (8, 7), None]
+
+
 def test_names_say_what_is_done() -> None:
     made = {
         "rtn-4bit-g64": hfc.RTNQuantConfig(),
@@ -250,6 +277,10 @@ def test_names_say_what_is_done() -> None:
         "kmeans-3bit-g64": hfc.CodebookQuantConfig(codebook="kmeans", bits=3, group_size=64),
         "int8-dynamic": hfc.Int8DynamicQuantConfig(),
         "cast-fp16": hfc.CastConfig(dtype="fp16"),
+        "gptq-3bit-g64-in-order": hfc.GPTQQuantConfig(bits=3, act_order=False),
+        "autoround-4bit-g64-balanced": hfc.AutoRoundQuantConfig(preset="balanced"),
+        "autoround-2bit-g64-7it": hfc.AutoRoundQuantConfig(bits=2, iterations=7),
+        "int8-static-smooth-moving-average": hfc.Int8StaticQuantConfig(smoothing=0.5, observer="moving_average"),
         "bitsandbytes-int8": BitsAndBytesConfig(load_in_8bit=True),
         "bitsandbytes-nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     }

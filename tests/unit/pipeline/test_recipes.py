@@ -93,6 +93,17 @@ def test_a_newer_recipe_loads_where_every_key_is_known(written: Written, caplog:
     assert caught.value.fix == "pip install --upgrade hf-compress"
 
 
+def test_calibration_data_is_named_relative_to_the_recipe(written: Written, tmp_path: Path) -> None:
+    texts = written("some text\n", "texts.txt")
+    settings = "{path: texts.txt, rows: 9, sequence_length: 32, seed: 3, image_size: [8, 9]}"
+    config = load_config(written(f"method: gptq\nbits: 3\ncalibration: {settings}\n"))
+    assert config == hfc.GPTQQuantConfig(bits=3)
+    wanted = hfc.Calibration(texts, rows=9, sequence_length=32, seed=3, image_size=(8, 9))
+    assert vars(config.calibration) == vars(wanted)
+    assert str(tmp_path) not in config.to_json_string()
+    assert load_config(written("method: gptq\ncalibration: {path: generated}\n")).calibration.data == "generated"
+
+
 @pytest.mark.parametrize(
     ("content", "line", "words"),
     [
@@ -104,7 +115,12 @@ def test_a_newer_recipe_loads_where_every_key_is_known(written: Written, caplog:
         ("method: rtn\nrules:\n  - {pattern: a}\n  - {bits: 9}\n", 4, "rules.1"),
         ("method: rtn\nskip: a\n", 2, "skip='a' is not a list"),
         ("method: rtn\nversion: one\n", 2, "version='one'"),
-        ("method: rtn\nbits: 4\ncalibration: [a, b]\n", 3, "a recipe holds no calibration data"),
+        ("method: gptq\nbits: 4\ncalibration: [a, b]\n", 3, "a recipe holds no calibration data"),
+        ("method: rtn\nbits: 4\ncalibration: {rows: 9}\n", 3, "RTNQuantConfig needs no calibration data"),
+        ("method: gptq\ncalibration:\n  rows: 9\n  row: 9\n", 4, "Unknown key 'row'. Did you mean 'rows'"),
+        ("method: gptq\ncalibration:\n  path: generated\n  rows: 0\n", 4, "rows=0"),
+        ("method: gptq\ncalibration:\n  rows: 9\n  path: absent.txt\n", 4, "There is no file"),
+        ("method: gptq\ncalibration: {path: 3}\n", 2, "path=3 is not the name of a file"),
         ("method: rtn\nbits: 4\nbits: 8\n", 3, "the key 'bits' stands twice"),
         ("method: rtn\nrules:\n  - {pattern: a, pattern: b}\n", 3, "the key 'pattern' stands twice"),
         ("method: &name rtn\ncodebook: *name\n", 2, "aliases are not allowed"),
