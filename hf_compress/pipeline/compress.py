@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration.block import Finished
 from ..calibration.results import Results
-from ..checkpoint.atomic import check_output, ensure_space, recover
+from ..checkpoint.atomic import check_output, disk_errors, ensure_space, recover
 from ..checkpoint.record import Proof
 from ..checkpoint.results_store import open_store, remove_leftover, remove_store, signature_of
 from ..checkpoint.save import Saveable, output_path, save
@@ -21,7 +21,7 @@ from ..checkpoint.shards import safetensors_files
 from ..checkpoint.stock import load_source
 from ..checkpoint.worker import CleanWorker
 from ..core.config import QuantConfig
-from ..core.errors import UnsupportedModelError
+from ..core.errors import HFCompressError, UnsupportedModelError, WriteError
 from ..core.plan import Plan, PlanRow
 from ..modules.packed import PackedTensor
 from .apply import pack_weight
@@ -124,23 +124,40 @@ def _streamed(
     config = model_config(model_id)
     architecture = model_class(config, model_id)
     plan = plan_model(meta_model(model_id), request)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     ensure_space(target, sum(row.planned_bytes for row in plan.quantized))
     announce(plan)
     with ExitStack() as opened:
 
         def results(made: Plan) -> Results:
             signature = signature_of(files, config, made)
-            return opened.enter_context(open_store(directory, signature, made, options["overwrite"]))
+            store = opened.enter_context(open_store(directory, signature, made, options["overwrite"]))
+            refused.enter_context(_removed_if_refused(directory))
+            return store
 
-        if request.spec.needs_data:
-            model = calibrate_source(model_id, plan, request, architecture, results, progress)
-        else:
-            made = ResultRequest(plan, _weight_by_weight(plan, results(plan)), progress)
-            model = load_source(architecture, model_id, quantization_config=made)
+        with ExitStack() as refused:
+            if request.spec.needs_data:
+                model = calibrate_source(model_id, plan, request, architecture, results, progress)
+            else:
+                made = ResultRequest(plan, _weight_by_weight(plan, results(plan)), progress)
+                model = load_source(architecture, model_id, quantization_config=made)
         proof = save(model, target, **options)
         del model
         remove_store(directory)
     return proof
+
+
+@contextmanager
+def _removed_if_refused(directory: Path) -> Iterator[None]:
+    """Delete results where the request is refused: the next one will be another. A full disk only interrupts it."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except HFCompressError:
+        remove_store(directory)
+        raise
 
 
 def _weight_by_weight(plan: Plan, results: Results) -> Packer:

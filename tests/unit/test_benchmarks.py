@@ -21,10 +21,13 @@ SCRIPTS = (
     "bench_perplexity",
     "bench_preflight",
     "bench_ptq",
+    "bench_streaming",
 )
 MATRIX = "ptq_peers"
 """Takes hours and environments of its own, so `run_all.py` leaves it out; measured cell by cell."""
-NAMES = (*(script.removeprefix("bench_") for script in SCRIPTS), MATRIX)
+PENDING = ("calibration", "ptq", "streaming", MATRIX)
+"""Not measured on a quiet machine yet; `docs/verification.md` says so, and no page shows a number of them."""
+NAMES = tuple(name for name in (*(one.removeprefix("bench_") for one in SCRIPTS), MATRIX) if name not in PENDING)
 """Exactly these results are committed; `python benchmarks/run_all.py` writes all but the matrix."""
 
 
@@ -65,6 +68,14 @@ def test_result_was_measured_in_full_on_a_quiet_machine(name: str) -> None:
     assert None not in (result.machine.environment.packages["torch"], result.machine.environment.logical_cpus)
 
 
+def test_what_is_not_measured_is_said() -> None:
+    page = (RESULTS.parent.parent / "docs" / "verification.md").read_text(encoding="utf-8")
+    _, _, unverified = page.partition("Not verified here:")
+    scripts = [f"benchmarks/{name if name == MATRIX else f'bench_{name}'}.py" for name in PENDING]
+    assert [script for script in scripts if f"`{script}`" not in unverified] == []
+
+
+@pytest.mark.skipif(MATRIX in PENDING, reason="the matrix takes hours; it is not measured in full yet")
 def test_matrix_is_complete_and_no_cell_was_disturbed() -> None:
     from benchmarks.ptq_peers import MATRIX as WANTED
     from benchmarks.ptq_peers import ORIGINAL
