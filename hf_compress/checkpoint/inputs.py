@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.calibration.modes import evaluating
 from hf_compress.core.errors import InputError, listed, nearest
 
 InputSet = dict[str, Tensor]
@@ -105,12 +106,13 @@ def normalise_inputs(inputs: object, model: nn.Module | None = None) -> list[Inp
 
 
 def input_ranks(model: PreTrainedModel, inputs: list[InputSet] | None = None) -> Ranks:
-    """The number of dimensions of what each linear layer gets, without computing anything.
+    """The number of dimensions of what each linear layer gets, without computing anything where that is possible.
 
-    A Linear that gets 2-D inputs, like BERT's pooler, has no token dimension of its own.
+    A Linear that gets 2-D inputs, like BERT's pooler, has no token dimension of its own. A live model whose path depends
+    on values, as that of routed experts does, is run.
 
     Args:
-        model: A model with its weights on the meta device, or a live one, of which a copy without weights is
+        model: A model with its weights on the meta device, or a live one, of which first a copy without weights is
             made from its config. No hooks stay behind.
         inputs: Forward arguments to use instead of example inputs.
 
@@ -123,6 +125,8 @@ def input_ranks(model: PreTrainedModel, inputs: list[InputSet] | None = None) ->
     cause: BaseException | None = None
     for sets in _candidates(model, seed=0) if inputs is None else [inputs]:
         ranks, errors = _first_run(model, sets)
+        if ranks is None and not _on_meta(model):
+            ranks = _live_ranks(model, sets, errors)
         if ranks is not None:
             return ranks
         cause = cause or errors[-1]
@@ -350,6 +354,16 @@ def _fake_ranks(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:
     with FakeTensorMode() as mode:
         fakes: list[InputSet] = [{name: mode.from_tensor(one[name]) for name in one} for one in sets]
         return _observed(_copy(model, "cpu"), fakes)
+
+
+def _live_ranks(model: PreTrainedModel, sets: Sequence[InputSet], errors: list[BaseException]) -> Ranks | None:
+    """From running the model itself; None, and one more error, where it can't."""
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), evaluating(model):
+            return _observed(model, [{name: value.to(model.device) for name, value in one.items()} for one in sets])
+    except _MISFITS as error:
+        errors.append(error)
+        return None
 
 
 def _observed(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:

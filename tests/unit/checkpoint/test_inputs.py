@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_compress.checkpoint.inputs import example_inputs, input_ranks, normalise_inputs
 from hf_compress.checkpoint.proof_worker import run_inputs
 from hf_compress.core.errors import InputError
+from tests._utils.tiny import tiny
 
 SMALL = {
     "hidden_size": 32,
@@ -117,16 +118,16 @@ def test_example_inputs_run_and_reproduce(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_input_ranks_need_no_weights(name: str) -> None:
     model = build(name)
-    if name in NOT_ON_META:
-        with pytest.raises(InputError, match="can't run without weights") as caught:
-            input_ranks(model)
-        assert caught.value.__cause__ is not None
-        return
     ranks = input_ranks(model)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert linears <= set(ranks)
     with torch.device("meta"):
         empty = type(model)(model.config)
+    if name in NOT_ON_META:
+        with pytest.raises(InputError, match="can't run without weights") as caught:
+            input_ranks(empty)
+        assert caught.value.__cause__ is not None
+        return
     assert input_ranks(empty) == ranks
     for some in (model, empty):
         assert not any(module._forward_pre_hooks for module in some.modules())
@@ -208,3 +209,14 @@ def test_normalise_accepts_dicts_encodings_and_lists() -> None:
 def test_normalise_refuses_what_is_no_tensor_set(given: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         normalise_inputs(given, build("BertModel"))
+
+
+def test_input_ranks_of_a_path_that_depends_on_values_come_from_running_the_model() -> None:
+    model = tiny("switch").train()
+    ranks = input_ranks(model)
+    assert ranks["encoder.block.0.layer.1.mlp.wi"] == {3}
+    experts = [found for name, found in ranks.items() if ".experts." in name]
+    assert {2} in experts
+    assert all(found <= {2} for found in experts)  # tokens that were routed to one, if any
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
