@@ -108,8 +108,8 @@ def normalise_inputs(inputs: object, model: nn.Module | None = None) -> list[Inp
 def input_ranks(model: PreTrainedModel, inputs: list[InputSet] | None = None) -> Ranks:
     """The number of dimensions of what each linear layer gets, without computing anything where that is possible.
 
-    A Linear that gets 2-D inputs, like BERT's pooler, has no token dimension of its own. A live model whose path depends
-    on values, as that of routed experts does, is run.
+    A Linear that gets 2-D inputs, like BERT's pooler, has no token dimension of its own. A live model whose path
+    depends on values, as that of routed experts does, is run.
 
     Args:
         model: A model with its weights on the meta device, or a live one, of which first a copy without weights is
