@@ -83,7 +83,8 @@ def completed(batch: Batch, model: nn.Module) -> Batch:
     """
     labels = next((batch[name] for name in _LABELS if name in batch), None)
     batch = {name: value for name, value in batch.items() if name not in _LABELS}
-    if not isinstance(model, PreTrainedModel) or not takes_decoder_inputs(model) or "decoder_input_ids" in batch:
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch)
+    if not isinstance(model, PreTrainedModel) or not takes_decoder_inputs(model) or given:
         return batch
     start, pad = decoder_start(model), config_int(model.config, "pad_token_id") or 0
     mask = None

@@ -210,6 +210,11 @@ def open_store(directory: Path, signature: Signature, plan: Plan, overwrite: boo
         yield ResultsStore(directory, plan)
 
 
+def has_results(directory: Path) -> bool:
+    """Whether there are results of some run in a directory."""
+    return directory.is_dir() and any(file.suffix == _RESULT for file in _own_files(directory))
+
+
 def remove_store(directory: Path) -> None:
     """Delete results, and their directory if it is empty then; files of others, and what can't be deleted, stay."""
     with suppress(OSError):
@@ -270,26 +275,26 @@ def _manifest(directory: Path) -> dict[str, Any] | None:
     """The signature of what is there; None in a new directory, or where the manifest is damaged.
 
     Raises:
-        OutputExistsError: The manifest can't be read, or there is none and the directory holds other files.
+        OutputExistsError: The manifest can't be read, or is none of ours and the directory holds other files.
     """
     file = directory / MANIFEST
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        others = sorted(other.name for other in directory.iterdir() if not _OWN.fullmatch(other.name))
-        if others:
-            raise OutputExistsError(
-                f"{directory} is where unfinished results go, and holds something else: {listed(others)}.",
-                "move the directory away, or choose another output",
-            ) from None
-        return None
+    except (FileNotFoundError, ValueError):
+        found = None
     except OSError as error:
         raise OutputExistsError(
             f"{file} can't be read: {first_line(error)}.", f"move {directory} away, or choose another output"
         ) from None
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+    if isinstance(found, dict):
+        return found
+    others = sorted(other.name for other in directory.iterdir() if not _OWN.fullmatch(other.name))
+    if others:
+        raise OutputExistsError(
+            f"{directory} is where unfinished results go, and holds something else: {listed(others)}.",
+            "move the directory away, or choose another output",
+        )
+    return None
 
 
 def _difference(key: str, old: Any, new: Any) -> str:

@@ -14,14 +14,14 @@ from ..calibration.block import Finished
 from ..calibration.results import Results
 from ..checkpoint.atomic import check_output, disk_errors, ensure_space, recover
 from ..checkpoint.record import Proof
-from ..checkpoint.results_store import open_store, remove_leftover, remove_store, signature_of
+from ..checkpoint.results_store import has_results, open_store, remove_leftover, remove_store, signature_of
 from ..checkpoint.save import Saveable, output_path, save
 from ..checkpoint.session import Packer
 from ..checkpoint.shards import safetensors_files
 from ..checkpoint.stock import load_source
 from ..checkpoint.worker import CleanWorker
 from ..core.config import QuantConfig
-from ..core.errors import HFCompressError, UnsupportedModelError, WriteError
+from ..core.errors import CalibrationError, UnsupportedModelError, WeightValueError
 from ..core.plan import Plan, PlanRow
 from ..modules.packed import PackedTensor
 from .apply import pack_weight
@@ -71,6 +71,7 @@ def compress(
 
     Raises:
         OutputExistsError: The output is taken, or there are unfinished results of another request.
+        WeightValueError, CalibrationError: Weights or data are refused; results of this call are deleted.
         HFCompressError: Others of `quantize` and `save`; what was finished stays for the next call.
     """
     target = output_path(out)
@@ -132,8 +133,10 @@ def _streamed(
 
         def results(made: Plan) -> Results:
             signature = signature_of(files, config, made)
+            begun = has_results(directory)
             store = opened.enter_context(open_store(directory, signature, made, options["overwrite"]))
-            refused.enter_context(_removed_if_refused(directory))
+            if not begun:
+                refused.enter_context(_removed_if_refused(directory))
             return store
 
         with ExitStack() as refused:
@@ -150,12 +153,10 @@ def _streamed(
 
 @contextmanager
 def _removed_if_refused(directory: Path) -> Iterator[None]:
-    """Delete results where the request is refused: the next one will be another. A full disk only interrupts it."""
+    """Delete results where weights or data are refused: the same call would be refused again."""
     try:
         yield
-    except WriteError:
-        raise
-    except HFCompressError:
+    except (CalibrationError, WeightValueError):
         remove_store(directory)
         raise
 

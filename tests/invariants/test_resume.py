@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import hf_compress as hfc
 from hf_compress.checkpoint.proof import file_hashes
 from hf_compress.checkpoint.worker import CleanWorker
-from hf_compress.core.errors import OutputExistsError, UnsupportedModelError
+from hf_compress.core.errors import OutputExistsError, UnsupportedModelError, WeightValueError
 from hf_compress.core.registry import METHODS
 from hf_compress.pipeline.compress import compress, partial_directory
 from tests._utils.tiny import FAMILIES, tiny_dir
@@ -250,6 +251,28 @@ def test_a_full_disk_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     assert "What is finished stays there" in refused
     assert kept == "5 False"
     assert finished == "full ['model']"
+
+
+def test_a_refused_call_leaves_nothing_but_what_was_there_before(tmp_path: Path) -> None:
+    path = tiny_dir("llama", tmp_path)
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    store = partial_directory(tmp_path / "out")
+    with pytest.raises(WeightValueError, match="1 NaN"):
+        compress(path, hfc.RTNQuantConfig(bits=4), tmp_path / "out")
+    assert not store.exists()
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(path, hfc.RTNQuantConfig(bits=4), tmp_path / "out", progress=stop)
+    before = {file.name for file in store.glob("*.safetensors")}
+    assert before
+    with pytest.raises(WeightValueError, match="1 NaN"):
+        compress(path, hfc.RTNQuantConfig(bits=4), tmp_path / "out")
+    assert before <= {file.name for file in store.glob("*.safetensors")}
 
 
 def test_another_request_does_not_take_over(tmp_path: Path, worker: CleanWorker) -> None:

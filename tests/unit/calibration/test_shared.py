@@ -75,7 +75,10 @@ def model(shared: str = "", massive: bool = False, dtype: torch.dtype = torch.fl
         uneven = torch.rand(value.shape, generator=generator) * 3 + 0.1
         plain = torch.randn(value.shape, generator=generator) * (1.0 if "embed" in name else 0.15)
         value.data = uneven if name.endswith("norm.weight") else plain
-    return made.to(dtype)  # type: ignore[return-value]
+    made.to(dtype)
+    for layer in made.layers if shared == "memory" else ():
+        layer.norm.weight.data = made.layers[0].norm.weight.data
+    return made
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
@@ -97,7 +100,7 @@ def change(made: nn.Module, before: Tensor) -> float:
     return float((logits(made) - before).norm() / before.norm())
 
 
-@pytest.mark.parametrize("shared", ["", "norm", "gain", "down"])
+@pytest.mark.parametrize("shared", ["", "norm", "gain", "memory", "down"])
 def test_smoothing_keeps_the_function_of_blocks_that_share(shared: str) -> None:
     made = model(shared)
     before, weights = logits(made), deepcopy(made.state_dict())
@@ -114,7 +117,7 @@ def test_smoothing_sees_a_leak_beside_a_massive_channel() -> None:
     assert change(made, before) < 0.05
 
 
-@pytest.mark.parametrize("shared", ["", "norm", "gain", "down"])
+@pytest.mark.parametrize("shared", ["", "norm", "gain", "memory", "down"])
 def test_awq_at_eight_bits_stays_near_models_that_share(shared: str) -> None:
     made = model(shared)
     before = logits(made)
@@ -130,6 +133,36 @@ def test_what_is_shared_is_found_on_a_live_model() -> None:
     assert sharing.outside(["layers.0", "layers.1", "layers.2"]) == frozenset()
     assert sharing.outside(["layers.0"]) >= {"layers.1.norm.weight", "layers.2.norm.bias"}
     assert Sharing(model()).of_block("layers.1") == frozenset()
+
+
+def test_memory_counts_not_the_object() -> None:
+    assert Sharing(model("memory")).of_block("layers.1") == {"layers.1.norm.weight"}
+    made = model()
+    first, second = made.layers[0].norm, made.layers[1].norm
+    values = torch.ones(3 * WIDTH // 2)
+    first.weight.data, second.weight.data = values[:WIDTH], values[-WIDTH:]
+    assert Sharing(made).of_block("layers.0") == {"layers.0.norm.weight"}
+    second.weight.data = torch.cat([values, values])[2 * WIDTH :]
+    assert Sharing(made).of_block("layers.0") == frozenset()
+
+
+def test_neighbours_in_one_storage_share_nothing() -> None:
+    made = model()
+    values = torch.ones(2 * WIDTH)
+    made.layers[0].norm.weight.data, made.layers[1].norm.weight.data = values.chunk(2)
+    assert Sharing(made).of_block("layers.0") == frozenset()
+
+
+def test_one_memory_under_two_objects_of_a_block_is_left_alone() -> None:
+    """A float32 copy of the block would have it twice, so that a trial could not see what a change reaches."""
+    made = model()
+    made.layers[0].down.bias.data = made.layers[0].norm.weight.data
+    assert Sharing(made).of_block("layers.0") == {"layers.0.down.bias", "layers.0.norm.weight"}
+
+
+def test_on_meta_objects_are_told_apart() -> None:
+    assert Sharing(model().to("meta")).of_block("layers.1") == frozenset()
+    assert Sharing(model("gain").to("meta")).of_block("layers.1") == {"layers.1.norm.weight"}
 
 
 def test_a_second_name_of_the_same_block_is_no_other_owner() -> None:

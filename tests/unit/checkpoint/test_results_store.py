@@ -201,6 +201,20 @@ def test_files_of_others_are_refused_and_stay(tmp_path: Path) -> None:
         assert all((tmp_path / folder / name).read_text() == "mine" for name in names)
 
 
+@pytest.mark.parametrize("manifest", ["{", "[]"])
+def test_a_manifest_of_others_is_not_taken_over(manifest: str, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / MANIFEST).write_text(manifest)
+    (tmp_path / "store" / "photo.jpg").write_text("mine")
+    plan, _ = _finished(CONFIGS["symmetric"])
+    with (
+        pytest.raises(OutputExistsError, match=r"something else: photo\.jpg"),
+        open_store(tmp_path / "store", {}, plan),
+    ):
+        pass
+    assert (tmp_path / "store" / MANIFEST).read_text() == manifest
+
+
 def test_what_a_kill_before_the_manifest_left_is_taken_over(tmp_path: Path) -> None:
     plan, finished = _finished(CONFIGS["symmetric"])
     (tmp_path / "store").mkdir()
