@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache
 
 from ..core.errors import CalibrationError, HFCompressError, first_line
 from .block import Call, first_tensor
-from .padding import all_of, padding_of
+from .heap import give_back
+from .padding import all_of, fits, hiding, mask_names, padding_of
 
 Batch = Mapping[str, Tensor]
 
@@ -130,10 +131,11 @@ def record_next(
             raise NotSequentialError(session.stack or (recording.stack if recording else stacks[0]))
         if recording is None:
             recording = Recording(session.stack, [[] for _ in session.stack.paths], [])
-        own, other = _masks(batch, session.found[0])
+        own, other = _masks(model, batch, session)
         for calls, call in zip(recording.calls, session.found, strict=True):
             calls.append(replace(call, mask=own, memory_mask=other))
         recording.outputs.append(with_first(session.output, torch.empty(0)))
+        give_back()
     return recording
 
 
@@ -147,9 +149,7 @@ def _check_order(model: nn.Module, stacks: Sequence[Stack], firsts: Mapping[str,
         NotSequentialError: They are.
         CalibrationError: The model can't read the row.
     """
-    rows = {len(value) for value in batch.values() if value.ndim}
-    count = 1 if len(rows) == 1 else None
-    short: dict[str, Any] = {name: value[:count] if value.ndim else value for name, value in batch.items()}
+    short, count = first_row(batch)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         short["logits_to_keep"] = 1  # logits of all tokens can take more memory than anything else in the pass
     given = ([with_first(one, first_tensor(one)[:count]) for one in stack.outputs[:1]] for stack in stacks)
@@ -168,6 +168,12 @@ def _check_order(model: nn.Module, stacks: Sequence[Stack], firsts: Mapping[str,
         raise NotSequentialError(stacks[copies.index(session.stack)] if session.stack else stacks[0]) from error
     except NotSequentialError as error:
         raise NotSequentialError(stacks[copies.index(error.stack)]) from None
+
+
+def first_row(batch: Batch) -> tuple[dict[str, Any], int | None]:
+    """The first row of a batch, and 1; the whole batch, and None, where a row has several entries, such as images."""
+    count = 1 if len({len(value) for value in batch.values() if value.ndim}) == 1 else None
+    return {name: value[:count] if value.ndim else value for name, value in batch.items()}, count
 
 
 def run_on(model: nn.Module, batch: Batch, number: int) -> Any:
@@ -240,6 +246,7 @@ class _Recorder(Replay):
         self.firsts = firsts
         self.stack = stack
         self.found: list[Call] = []
+        self.given: Mapping[str, Any] = {}
         self.output: Any = None
         self.to_the_end = False
 
@@ -264,11 +271,12 @@ class _Recorder(Replay):
         return self.output
 
     def _start(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the first block."""
+        """Run the first block, and note by what names it is given what."""
         if self.stack is None or call.hidden is None or not call.hidden.is_floating_point():
             raise NotSequentialError(self.stack or self.stacks[0])
         path = self.stack.paths[0]
         check_finite(call.hidden, f"what reaches {path}")
+        self.given = _arguments(self.firsts[path], args, kwargs)
         self.output = self.firsts[path](*args, **kwargs)
         if first_tensor(self.output).shape != call.hidden.shape:
             raise NotSequentialError(self.stack)
@@ -291,12 +299,8 @@ def check_finite(value: Tensor, what: str) -> None:
 
 def _call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A block's call; its first parameter is what it works on. Calls are repeated, so they go without a cache."""
-    signature = inspect.signature(_base(type(block)).forward)
-    name = next(iter(list(signature.parameters)[1:]), "")
-    bound = signature.bind(block, *args, **kwargs).arguments
-    given = {**bound, **bound.get("kwargs", {})}
-    memory = given.get("encoder_hidden_states")
-    memory = memory if isinstance(memory, Tensor) else None
+    name = next(iter(list(inspect.signature(_base(type(block)).forward).parameters)[1:]), "")
+    memory = _tensor(_arguments(block, args, kwargs).get("encoder_hidden_states"))
     kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
     if args:
         others = tuple(None if isinstance(value, Cache) else value for value in args[1:])
@@ -305,27 +309,60 @@ def _call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     return Call(_tensor(kwargs.get(name)), name, (), rest, memory=memory)
 
 
+def _arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a block is called with, by name."""
+    bound = inspect.signature(_base(type(block)).forward).bind(block, *args, **kwargs).arguments
+    return {**bound, **bound.get("kwargs", {})}
+
+
 def _tensor(value: Any) -> Tensor | None:
     """A tensor, or None for anything else."""
     return value if isinstance(value, Tensor) else None
 
 
-def _masks(batch: Batch, call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """Which tokens count for a block, and which of those that it reads of an encoder."""
+def _masks(model: nn.Module, batch: Batch, session: _Recorder) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens count for the blocks of a stack, and which of those that they read of an encoder."""
+    call = session.found[0]
     if call.memory is None or call.hidden is None:
-        return _fitting(batch, "attention_mask", call.hidden), None
-    given = "encoder_hidden_states" in batch  # by the caller, to a decoder alone
-    names = ("attention_mask", "encoder_attention_mask") if given else ("decoder_attention_mask", "attention_mask")
-    own, other = (_fitting(batch, name, value) for name, value in zip(names, (call.hidden, call.memory), strict=True))
-    return all_of(call.hidden) if own is None else own, other
+        return _fitting(batch, "attention_mask", call.hidden, session, "attention_mask"), None
+    own, read = mask_names(model, batch)
+    mask = _fitting(batch, own, call.hidden, session, "attention_mask")
+    memory_mask = _fitting(batch, read, call.memory, session, "encoder_attention_mask")
+    return all_of(call.hidden) if mask is None else mask, memory_mask
 
 
-def _fitting(batch: Batch, name: str, value: Tensor | None) -> Tensor | None:
-    """A mask of a batch, if it is one of the rows and tokens of a value, in either order, and leaves anything out."""
+def _fitting(batch: Batch, name: str | None, value: Tensor | None, session: _Recorder, argument: str) -> Tensor | None:
+    """A mask of the rows and tokens of a value, if the data has padding: the batch's own, or else the block's.
+
+    A model that makes other tokens of its data, such as frames of sound, tells its blocks which of these count.
+
+    Args:
+        batch: Forward arguments.
+        name: The mask among them.
+        value: What the blocks work on, or read of an encoder.
+        session: What has recorded them.
+        argument: The blocks' own argument for a mask of the value.
+
+    Raises:
+        CalibrationError: The blocks have a mask that leaves something out, but it is of other tokens too.
+    """
     kept = padding_of(batch, name)
-    if kept is None or value is None or tuple(value.shape[:2]) not in (tuple(kept.shape), tuple(kept.T.shape)):
-        return None
-    return kept
+    if kept is None or value is None or fits(kept, value):
+        return None if value is None else kept
+    told = hiding(_tensor(session.given.get(argument)), len(value))
+    if told is None or fits(told, value):
+        return told
+    path = session.stack.paths[0] if session.stack else ""
+    raise CalibrationError(
+        f"What {path} reads has {_size(value)} tokens, its {argument} {_size(told)}, {name} of the calibration data "
+        f"{_size(kept)}: which of them are padding can't be told.",
+        "give rows of equal length, or batches of one row, without padding",
+    )
+
+
+def _size(value: Tensor) -> str:
+    """Rows and tokens."""
+    return " × ".join(map(str, value.shape[:2]))
 
 
 def with_first(output: Any, value: Tensor) -> Any:

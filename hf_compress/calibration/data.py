@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.config import Calibration
 from ..core.errors import CalibrationError
 from ..core.plan import CalibrationRecord
-from .data_batches import check_batches, completed, ready_batches, row_count, token_count
+from .data_batches import check_batches, completed, ready_batches, token_count
 from .data_media import media_rows, stacked, tensor_batches
 from .data_model import config_int, is_text_model, reads_tokens
 from .data_sources import Items, read_items
@@ -23,6 +23,7 @@ from .data_text import TextRows, padded, text_rows, token_rows
 from .default_text import NOTE, default_texts
 from .distilled import distilled_images, has_batch_norm
 from .generated_text import generated_tokens, samples
+from .padding import row_count
 from .processors import Source, tokenizer_of
 
 logger = logging.getLogger(__name__)

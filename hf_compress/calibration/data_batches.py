@@ -21,7 +21,7 @@ from .data_model import (
     takes_decoder_inputs,
     vocabulary,
 )
-from .padding import key_mask, padding_of
+from .padding import key_mask, padding_of, row_count
 
 Batch = dict[str, Tensor]
 
@@ -58,12 +58,6 @@ def ready_batches(batches: Iterable[Mapping[str, Any]], model: nn.Module, rows: 
         if left <= 0:
             break
     return found
-
-
-def row_count(batch: Batch) -> int:
-    """Rows of a batch: entries of its ids, or of its first tensor."""
-    value = batch.get("input_ids", next(iter(batch.values())))
-    return len(value) if value.ndim else 1
 
 
 def token_count(batch: Batch) -> int | None:

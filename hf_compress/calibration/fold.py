@@ -8,9 +8,8 @@ them its stock checkpoint.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ..core.plan import PlanRow
 from ..core.weights import WeightKind
 from ..modules.lazy import ABOUT_FORM
 from .block import Block
+from .shared import Sharing
 
 _ABOUT_FORM = {*ABOUT_FORM, Tensor.stride, Tensor.is_contiguous}
 
@@ -43,30 +43,22 @@ def fold_batch_norms(block: Block) -> list[tuple[str, str]]:
     """
     prefix = f"{block.path}." if block.path else ""
     named = {f"{prefix}{path}": module for path, module in block.module.named_modules()}
-    norms = {path: module for path, module in named.items() if _foldable(module) and not _shared(block, path)}
+    inside = Sharing(block.module)
+
+    def shared(path: str) -> bool:
+        """Whether other modules have one of a module's parameters or buffers, which folding would change too."""
+        elsewhere = any(name.rpartition(".")[0] == path for name in block.shared)
+        return elsewhere or bool(inside.of_block(block.local(path)))
+
+    norms = {path: module for path, module in named.items() if _foldable(module) and not shared(path)}
     convolutions = (row for row in block.rows if row.kind is WeightKind.CONV)
-    rows = {row.module: row for row in convolutions if not _shared(block, row.module)}
+    rows = {row.module: row for row in convolutions if not shared(row.module)}
     if not rows or not norms or not block.calls:
         return []
     pairs = _pairs(block, rows, norms)
     for convolution, norm in pairs:
         _fold(block, rows[convolution], norm)
     return pairs
-
-
-def _shared(block: Block, path: str) -> bool:
-    """Whether other modules have one of a module's parameters or buffers, which folding would change too."""
-    own = block.module.get_submodule(block.local(path))
-    if any(name.rpartition(".")[0] == path for name in block.shared):
-        return True
-    kept = {id(value) for value in _tensors(own)}
-    others = (module for module in block.module.modules() if module is not own)
-    return any(id(value) in kept for module in others for value in _tensors(module))
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """A module's own parameters and buffers."""
-    return chain(module.parameters(recurse=False), module.buffers(recurse=False))
 
 
 def _foldable(module: nn.Module) -> bool:

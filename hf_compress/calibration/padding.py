@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+"""Arguments of a model that tell padding from tokens."""
 
 
 def key_mask(mask: Tensor | None, rows: int) -> Tensor | None:
     """The tokens that a mask lets anything be read from.
 
     Args:
-        mask: Rows × tokens, with 0 for padding; or rows × queries × tokens, or rows × heads × queries × tokens, bool,
-            of zeros and ones, or floating and added to attention scores. A single row stands for all.
+        mask: Rows × tokens, with 0 for padding, or values below 0 where there are any; or rows × queries × tokens, or
+            rows × heads × queries × tokens, bool, of zeros and ones, or floating and added to attention scores. A
+            single row of these stands for all.
         rows: Rows of the data.
 
     Returns:
@@ -21,9 +26,11 @@ def key_mask(mask: Tensor | None, rows: int) -> Tensor | None:
     """
     if mask is None or not 2 <= mask.ndim <= 4:
         return None
-    kept = mask != 0
-    if mask.ndim > 2:
-        kept = (_added(mask) if mask.is_floating_point() else kept).flatten(1, -2).any(dim=1)
+    scores = mask.is_floating_point() and (mask.ndim > 2 or bool((mask < 0).any()))
+    kept = _added(mask) if scores else mask != 0
+    if mask.ndim == 2:
+        return kept
+    kept = kept.flatten(1, -2).any(dim=1)
     return kept.expand(rows, -1) if len(kept) == 1 else kept
 
 
@@ -32,10 +39,36 @@ def _added(mask: Tensor) -> Tensor:
     return mask > 0 if bool((mask > 0).any()) and not bool((mask < 0).any()) else mask.float().exp() > 0
 
 
-def padding_of(batch: Mapping[str, Tensor], name: str) -> Tensor | None:
+def row_count(batch: Mapping[str, Tensor]) -> int:
+    """Rows of a batch: entries of its ids or embeddings, else of its first tensor. A row may have several images."""
+    first = next(iter(batch.values()))
+    value = batch.get("input_ids", batch.get("inputs_embeds", first))
+    return len(value) if value.ndim else 1
+
+
+def mask_names(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    """Names of the mask of a model's own tokens, and of the mask of what its decoder reads; None where none is given.
+
+    Args:
+        model: The model. A decoder inside a model that is no encoder-decoder may read an image, which has no mask.
+        batch: Its forward arguments.
+    """
+    if "encoder_hidden_states" in batch:  # given to a decoder alone
+        return "attention_mask", "encoder_attention_mask"
+    paired = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
+    if paired or any(name.startswith("decoder_input") for name in batch):
+        return "decoder_attention_mask", "attention_mask"
+    return "attention_mask", None
+
+
+def padding_of(batch: Mapping[str, Tensor], name: str | None) -> Tensor | None:
     """What a mask of a batch leaves out, as `key_mask` tells it; None where all tokens count."""
-    rows = max((len(value) for value in batch.values() if value.ndim), default=1)
-    kept = key_mask(batch.get(name), rows)
+    return None if name is None else hiding(batch.get(name), row_count(batch))
+
+
+def hiding(mask: Tensor | None, rows: int) -> Tensor | None:
+    """What `key_mask` tells of a mask; None where it leaves nothing out."""
+    kept = key_mask(mask, rows)
     return None if kept is None or bool(kept.all()) else kept
 
 
@@ -54,6 +87,11 @@ def spread(mask: Tensor, leading: Sequence[int]) -> Tensor | None:
         if tuple(leading[:2]) == tuple(one.shape):
             return one.reshape(*one.shape, *[1] * (len(leading) - 2)).expand(*leading).reshape(-1)
     return mask.reshape(-1) if tuple(leading) == (mask.numel(),) else None
+
+
+def fits(mask: Tensor, value: Tensor) -> bool:
+    """Whether a mask is one of the rows and tokens of an activation, in either order."""
+    return tuple(value.shape[:2]) in (tuple(mask.shape), tuple(mask.T.shape))
 
 
 def same_memory(value: Tensor, other: Tensor) -> bool:

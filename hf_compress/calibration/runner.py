@@ -29,7 +29,7 @@ from .capture import (
     with_first,
 )
 from .modes import evaluating
-from .padding import padding_of
+from .padding import MASKS, padding_of
 from .results import Results, State
 from .shared import Sharing
 from .sources import LiveSource, WeightSource
@@ -37,8 +37,6 @@ from .whole import WholeCall
 
 REST = "(outside of blocks)"
 """Key of the result of what lies outside of all stacks."""
-
-_MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass
@@ -293,19 +291,25 @@ def split(batches: Sequence[Batch], tokens: int) -> list[Batch]:
         counts = {len(value) for value in batch.values() if value.ndim}
         whole = max(counts, default=1)
         rows = min(whole, max(1, tokens // length)) if length and len(counts) == 1 else whole
-        if len(counts) == 1 and any(_square(batch, name, rows) for name in _MASKS):
-            rows = max(1, rows - 1)
-        made.extend(
-            {name: value[start : start + rows] if value.ndim else value for name, value in batch.items()}
-            for start in range(0, whole, rows)
-        )
+        for start in range(0, whole, rows):
+            part = _part(batch, start, start + rows)
+            made.extend(_oblong(part, min(rows, whole - start)) if len(counts) == 1 else [part])
     return made
 
 
-def _square(batch: Batch, name: str, rows: int) -> bool:
-    """Whether a mask of a batch leaves anything out, and has as many tokens as there are rows."""
-    kept = padding_of(batch, name)
-    return kept is not None and kept.shape[1] == rows
+def _oblong(batch: Batch, rows: int) -> Iterator[Batch]:
+    """A batch, its last rows apart from the others as long as it has as many rows as tokens in a mask of padding."""
+    kept = (padding_of(batch, name) for name in MASKS)
+    if rows > 1 and any(mask is not None and mask.shape[1] == rows for mask in kept):
+        yield from _oblong(_part(batch, 0, rows - 1), rows - 1)
+        yield _part(batch, rows - 1, rows)
+    else:
+        yield batch
+
+
+def _part(batch: Batch, start: int, end: int) -> Batch:
+    """Some rows of a batch."""
+    return {name: value[start:end] if value.ndim else value for name, value in batch.items()}
 
 
 def _is_text(value: Tensor) -> bool:

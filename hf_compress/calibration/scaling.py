@@ -44,6 +44,9 @@ SMALL = 0.1
 HEAD = 8
 """Smallest width of a head that is tried where query, key and value rows alternate head by head."""
 
+UNEXPLAINED = "its output is proportional neither to its weight nor to 1 + weight, as far as its data type can tell"
+"""Why a norm is rejected before its readers are tried."""
+
 
 @dataclass
 class _Reader:
@@ -170,7 +173,7 @@ def survey(block: Block) -> Survey:
     Returns:
         Groups with at least one planned consumer. In a block that is the whole model, all their weights are planned
         ones, since others may belong to finished blocks; a 16-bit one is run as it is, since a copy of it may be too
-        large, and keeps its norms that multiply by 1 + weight.
+        large, and rejects its norms that multiply by 1 + weight.
     """
     if not block.calls:
         return Survey()
@@ -322,6 +325,9 @@ def _norm_group(search: _Search, norm: _Norm) -> set[tuple[int, int]]:
     biases = _biases(norm.module, norm.name, "weight", channels)
     offset = _offset(search, norm, ScaleGroup(Part(name), 0.0, biases, (), (channels,)))
     if offset is None:
+        names = tuple(part.name for parts in choices for part in parts)
+        if search.planned & set(names):
+            search.found.rejected.append(Rejected(name, names, UNEXPLAINED))
         return keys
     for consumers in product(*choices):
         group = ScaleGroup(Part(name), offset, biases, consumers, (channels,))

@@ -73,6 +73,8 @@ class Method:
         compressor: Of methods that need data: makes what compresses one block of the model after the other.
         gram_copies: Of methods that need data: float32 matrices of columns × columns that it holds at once, for the
             widest weight.
+        float32_copies: Of methods that need data: how often, at most, it holds a block in float32 before it gathers
+            statistics, to find what can be scaled; of a block that is float32 already, once less.
         quantizes_activations: Whether the scheme of a linear layer also quantizes its input at run time, which depends
             on the input's rank.
         notes: Remarks on these fields for the plan, such as what this processor is slow at.
@@ -86,6 +88,7 @@ class Method:
     needs_data: bool = False
     compressor: Callable[[QuantFields], Compressor] | None = None
     gram_copies: int = 0
+    float32_copies: int = 0
     quantizes_activations: bool = False
     notes: Callable[[QuantFields], tuple[str, ...]] | None = None
 

@@ -9,8 +9,10 @@ from math import prod
 from torch import Tensor, nn
 
 from ..calibration.capture import find_stacks
+from ..calibration.widen import HALF
 from ..core.config import Calibration, QuantConfig
 from ..core.plan import Plan, PlanRow
+from ..core.registry import Method
 from ..core.weights import WeightKind
 
 WORKING_COPIES = 3
@@ -57,10 +59,12 @@ def footprint(model: nn.Module, plan: Plan, config: QuantConfig) -> Footprint:
 
 
 def _calibrated(model: nn.Module, rows: Sequence[PlanRow], config: QuantConfig) -> int:
-    """The larger of the two moments: while the first block is recorded, and while the widest weight is solved.
+    """The largest of three moments: the first block is recorded, a block is searched, the widest weight is solved.
 
-    Recorded are the activations between blocks, with everything outside of the blocks in memory; while a weight is
-    solved, the block and its inputs are there, its second moments, and float32 copies of the weight.
+    Recorded are the activations between blocks, with everything outside of the blocks in memory. While a block is
+    searched for channels that can be scaled, it and its inputs are there, and float32 copies of it; a whole model is
+    not copied. While a weight is solved, the block and its inputs are there, its second moments, and float32 copies
+    of the weight.
     """
     paths = [path for stack in find_stacks(model, [row.module for row in rows]) for path in stack.paths]
     blocks = {path: _bytes(model.get_submodule(path)) for path in paths} or {"": _bytes(model)}
@@ -74,7 +78,8 @@ def _calibrated(model: nn.Module, rows: Sequence[PlanRow], config: QuantConfig) 
     largest = max(prod(row.shape[-2:]) for row in rows)
     solving = FLOAT32 * (config.spec.gram_copies * widest**2 + WORKING_COPIES * largest)
     inner = INNER_VALUES * tokens * widest * 2
-    return max(outside + block + between, block + 2 * between + inner + solving)
+    searching = max((_float32_bytes(model.get_submodule(path), config.spec) for path in paths), default=0)
+    return max(outside + block + between, block + between + searching, block + 2 * between + inner + solving)
 
 
 def _tokens(calibration: Calibration | None, model: nn.Module) -> int:
@@ -85,6 +90,12 @@ def _tokens(calibration: Calibration | None, model: nn.Module) -> int:
         shapes = [next((v.shape[:2] for v in batch.values() if isinstance(v, Tensor)), (0, 0)) for batch in batches]
         return sum(prod(shape) for shape in shapes)
     return given.rows * (given.sequence_length or SEQUENCE)
+
+
+def _float32_bytes(block: nn.Module, method: Method) -> int:
+    """Bytes of the float32 copies of a block that a method looks for scales in."""
+    copies = max(0, method.float32_copies - all(value.dtype not in HALF for value in block.parameters()))
+    return FLOAT32 * copies * sum(value.numel() for value in block.parameters())
 
 
 def _bytes(module: nn.Module) -> int:

@@ -108,6 +108,16 @@ def fails(family: str, *changed: dict[str, torch.Tensor], rows: int = 8) -> Call
     return provoke
 
 
+def smooths(family: str, **changed: torch.Tensor) -> Callable[[Arena], Act]:
+    """A row's call: smoothing with a batch of ids and others."""
+
+    def provoke(arena: Arena) -> Act:
+        model = arena.live(family)
+        return lambda: hfc.smooth(model, [{"input_ids": IDS, **changed}])
+
+    return provoke
+
+
 def _spectrogram(length: int) -> Callable[[Arena], Act]:
     def provoke(arena: Arena) -> Act:
         model = arena.live("whisper")
@@ -230,6 +240,9 @@ CASES = (
     case(
         "position-ids", fails("gpt2", {"position_ids": torch.full_like(IDS, 100)}), "can't read batch 0", "IndexError"
     ),
+    case("smooth-types", smooths("bert", token_type_ids=torch.full_like(IDS, 7)), "can't read batch 0", "IndexError"),
+    case("smooth-positions", smooths("gpt2", position_ids=torch.full_like(IDS, 10_000)), "can't read batch 0"),
+    case("smooth-albert", smooths("albert", token_type_ids=torch.full_like(IDS, 7)), "can't read batch 0"),
     case("embeddings", fails("bert", {"inputs_embeds": torch.zeros(8, 80, 64)}), "inputs_embeds [8, 80, 64] float32"),
     case("image-shape", fails("vit", {"pixel_values": torch.zeros(8, 3, 20, 20)}), "can't read batch 0", "20*20"),
     case("channels", fails("resnet", {"pixel_values": torch.zeros(8, 1, 32, 32)}), "can't read batch 0", "[8, 1, 32"),

@@ -14,6 +14,7 @@ METHODS.register(
         needs_data=True,
         compressor=compressor,
         gram_copies=3,
+        float32_copies=3,  # the block, what a trial puts back, and what it scales
     )
 )
 

@@ -70,12 +70,12 @@ class AWQ:
         """
         for row in block.rows:
             check_values(row.name, block.weight(row))
+        found = find_groups(block)  # before statistics are there, since it copies 16-bit blocks to float32
         inputs, experts = collect(block), collect_experts(block, block.rows)
         missing = [name for name, one in inputs.items() if not one.tokens]
         if missing:
             raise unreached(missing)
         work = _Work(block, self.fields, inputs, experts)
-        found = find_groups(block)
         self._report(block, found)
         # Experts first: what their second projection reads is recomputed from the first as it is.
         for group in sorted(found, key=lambda group: len(group.shape), reverse=True):

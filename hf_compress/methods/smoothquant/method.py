@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ...calibration.block import Block, Call
-from ...calibration.capture import find_stacks, run_model
+from ...calibration.capture import find_stacks, first_row, run_on
 from ...calibration.gram import input_of
+from ...calibration.runner import split
 from ...calibration.scaling import ScaleGroup, apply, find_groups
 from ...calibration.shared import Sharing
 from ...calibration.whole import WholeCall
@@ -22,6 +23,9 @@ from ...core.weights import WeightKind
 
 KINDS = (WeightKind.LINEAR, WeightKind.CONV1D)
 """Weights whose inputs are quantized."""
+
+_CALL_TOKENS = 1024
+"""Most tokens of one call of a model, as far as rows allow."""
 
 
 @torch.no_grad()
@@ -64,13 +68,13 @@ def smooth_model(
         The groups that were scaled, with names as in their blocks.
 
     Raises:
-        CalibrationError: An input is NaN or infinite; names the layer.
+        CalibrationError: An input is NaN or infinite; names the layer. Or the model can't read a batch.
     """
     blocks = list(_blocks(model, rows, batches[0]))
     found = [(block, _smoothable(block, find_groups(block))) for block in blocks]
     names = {f"{block.path}.{name}" if block.path else name for block, groups in found for name in _readers(groups)}
     with _largest_inputs(model, names) as largest:
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(split(batches, _CALL_TOKENS)):
             largest.call = WholeCall(model, batch, number, ())
             largest.call.run(model)
     for block, groups in found:
@@ -167,9 +171,10 @@ def _blocks(model: nn.Module, rows: Sequence[PlanRow], batch: Mapping[str, Tenso
     """The model's blocks, each with what it is called with for one row; the model itself where it has none."""
     stacks = find_stacks(model, [row.module for row in rows])
     paths = [path for stack in stacks for path in stack.paths]
-    first = {name: value[:1] for name, value in batch.items()}
+    first, _ = first_row(batch)
     if not paths:
-        yield Block(0, "", model, tuple(rows), [Call(None, kwargs=dict(first))])
+        run_on(model, first, 0)
+        yield Block(0, "", model, tuple(rows), [Call(None, kwargs=first)])
         return
     seen: dict[str, Call] = {}
 
@@ -184,7 +189,7 @@ def _blocks(model: nn.Module, rows: Sequence[PlanRow], batch: Mapping[str, Tenso
 
     handles = [model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True) for path in paths]
     try:
-        run_model(model, first)
+        run_on(model, first, 0)
     finally:
         for handle in handles:
             handle.remove()

@@ -127,7 +127,18 @@ def test_a_convolution_called_twice_with_its_norm_is_folded() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["affine", "statistics", "training", "shared", "shared norm", "shared statistics", "outside", "skipped"]
+    "change",
+    [
+        "affine",
+        "statistics",
+        "training",
+        "shared",
+        "shared norm",
+        "shared statistics",
+        "shared memory",
+        "outside",
+        "skipped",
+    ],
 )
 def test_what_can_not_be_folded(change: str) -> None:
     model = Net()
@@ -145,6 +156,8 @@ def test_what_can_not_be_folded(change: str) -> None:
         other_norm.weight = block.module.get_submodule("bn").get_parameter("weight")
     if change == "shared statistics":
         other_norm.running_mean = block.module.get_submodule("bn").get_buffer("running_mean")
+    if change == "shared memory":
+        other_norm.weight.data = block.module.get_submodule("bn").get_parameter("weight").data
     if change == "outside":
         block.shared = frozenset({"bn.bias", "bn.weight"})
     if change == "training":

@@ -267,6 +267,19 @@ def test_kept_layers_of_a_whole_model_are_left_alone() -> None:
     assert not find_groups(Block(0, "", model, some, [call]))
 
 
+def test_norms_that_round_too_coarsely_to_be_understood_are_rejected_for_that() -> None:
+    """A whole model in 16 bits is run as it is, where 1 + weight is rounded to 2^-9."""
+    model = tiny("gemma", dtype=torch.bfloat16)
+    rows = plan_model(model, hfc.RTNQuantConfig(group_size=16)).quantized
+    call = Call(None, kwargs={"input_ids": torch.arange(5, 17).view(2, 6), "use_cache": False})
+    rejected = {one.producer: one for one in survey(Block(0, "", model, rows, [call])).rejected}
+    norm = rejected["model.layers.0.post_attention_layernorm.weight"]
+    assert norm.consumers == tuple(f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    assert "1 + weight" in norm.reason
+    wide = Block(0, "", model.float(), rows, [call])
+    assert norm.producer in by_producer(find_groups(wide))
+
+
 def test_a_block_without_data_has_no_groups() -> None:
     block = block_of(tiny("llama"), "model.layers.0")
     block.calls.clear()

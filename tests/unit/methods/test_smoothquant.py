@@ -70,7 +70,7 @@ def test_the_function_of_a_family_stays(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_groups_of_all_blocks_are_used(name: str) -> None:
     model = tiny(name)
-    plan = plan_model(model, hfc.Int8DynamicQuantConfig(min_coverage=0.0))
+    plan = plan_model(model, hfc.Int8DynamicQuantConfig(min_coverage=0.0, format="guarded"))
     groups = smooth_model(model, plan.quantized, [tiny_inputs(model)], 0.5)
     assert len(groups) == FAMILIES[name]
 
@@ -89,8 +89,9 @@ def test_ties_that_int8_could_not_keep_are_no_obstacle() -> None:
     assert torch.equal(gate.weight, shared)
 
 
-def test_half_precision_keeps_the_function_up_to_its_rounding() -> None:
-    model = tiny("llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_keeps_the_function_up_to_its_rounding(name: str) -> None:
+    model = tiny(name, dtype=torch.bfloat16)
     inputs = tiny_inputs(model)
     before = output(model, inputs).float()
     hfc.smooth(model, data(model))
@@ -187,3 +188,10 @@ def test_bad_activations_are_named() -> None:
     block.calls[0].hidden[1, 0, 0] = torch.inf
     with pytest.raises(CalibrationError, match=r"mlp|self_attn"):
         smooth_block(block, 0.5)
+
+
+def test_arguments_that_are_not_of_rows_are_no_obstacle() -> None:
+    model = tiny("llama")
+    inputs = {**tiny_inputs(model), "logits_to_keep": torch.tensor(1)}
+    plan = plan_model(model, hfc.Int8DynamicQuantConfig(min_coverage=0.0))
+    assert len(smooth_model(model, plan.quantized, [inputs], 0.5)) == FAMILIES["llama"]

@@ -36,3 +36,20 @@ def test_calibrated_methods_count_data_and_second_moments(method: str) -> None:
     # Activations of 64 features before and after the block in float32, and three values of 2 bytes inside the MLP.
     assert said(48) - said(16) == 32 * 32 * (2 * 64 * 4 + 3 * 128 * 2)
     assert said(16, intermediate_size=512) - said(16) >= 4 * 3 * (512**2 - 128**2)
+
+
+def test_looking_for_scales_counts_float32_copies_of_the_block() -> None:
+    """With little data and a block of many narrow weights, the copies are more than second moments."""
+
+    def said(dtype: torch.dtype, layers: int = 2) -> int:
+        sizes = {"num_experts": 64, "num_hidden_layers": layers, "max_position_embeddings": 64}
+        model = tiny("qwen3-moe", dtype=dtype, **sizes)
+        config = hfc.AWQQuantConfig(bits=4, group_size=16, format="guarded", calibration=_calibration(8))
+        found: int = hfc.preflight(model, config).streamed_bytes
+        return found
+
+    block = sum(value.numel() for value in tiny("qwen3-moe", num_experts=64).model.layers[0].parameters())
+    copies = METHODS.get("awq").float32_copies
+    between = 8 * 32 * 64 * 2
+    assert said(torch.bfloat16) == said(torch.bfloat16, layers=4) == block * (2 + 4 * copies) + between
+    assert said(torch.float32) == block * 4 * copies + 2 * between  # one copy is the block itself
