@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
+
+from hf_compress.core.config import Format
 
 from .conftest import Run
 
@@ -24,7 +27,7 @@ def test_a_family_or_a_method_shows_every_cell(run: Run) -> None:
     assert "Fix: " in family.stdout
     value = json.loads(run("capabilities", "--method", "rtn", "--json").stdout)
     assert {recipe["method"] for recipe in value["recipes"]} == {"rtn"}
-    assert len(value["cells"]) == len(value["recipes"]) * len(value["families"]) * 6
+    assert len(value["cells"]) == len(value["recipes"]) * len(value["families"]) * len(get_args(Format))
 
 
 def test_unknown_names_are_refused(run: Run) -> None:
