@@ -25,7 +25,7 @@ SCRIPTS = (
 )
 MATRIX = "ptq_peers"
 """Takes hours and environments of its own, so `run_all.py` leaves it out; measured cell by cell."""
-PENDING = ("calibration", "ptq", "streaming", MATRIX)
+PENDING = ("streaming", MATRIX)
 """Not measured on a quiet machine yet; `docs/verification.md` says so, and no page shows a number of them."""
 NAMES = tuple(name for name in (*(one.removeprefix("bench_") for one in SCRIPTS), MATRIX) if name not in PENDING)
 """Exactly these results are committed; `python benchmarks/run_all.py` writes all but the matrix."""
