@@ -23,14 +23,12 @@ from transformers.cache_utils import Cache
 from ..core.errors import CalibrationError, HFCompressError, first_line
 from .block import Call, first_tensor
 from .heap import give_back
+from .modes import MISFITS
 from .padding import all_of, fits, hiding, mask_names, padding_of
 
 Batch = Mapping[str, Tensor]
 
 _SESSION = "hfc_session"
-
-_MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
-"""What a forward pass raises when something has another shape than it expects."""
 
 
 @dataclass(eq=False)
@@ -161,7 +159,7 @@ def _check_order(model: nn.Module, stacks: Sequence[Stack], firsts: Mapping[str,
             run_model(model, short)
     except (HFCompressError, torch.OutOfMemoryError):
         raise
-    except _MISFITS as error:
+    except MISFITS as error:
         if session.stack is None and not any(stack.outputs for stack in stacks):  # nothing of ours was in the way
             raise _unreadable(model, batch, 0, error) from error
         # what follows expects another shape, as after the stages of a CNN
@@ -191,7 +189,7 @@ def run_on(model: nn.Module, batch: Batch, number: int) -> Any:
         return run_model(model, batch)
     except (HFCompressError, torch.OutOfMemoryError):
         raise
-    except _MISFITS as error:
+    except MISFITS as error:
         raise _unreadable(model, batch, number, error) from error
 
 

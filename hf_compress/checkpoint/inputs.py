@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.calibration.modes import evaluating
+from hf_compress.calibration.modes import MISFITS, evaluating
 from hf_compress.core.errors import InputError, listed, nearest
 
 InputSet = dict[str, Tensor]
@@ -51,9 +51,6 @@ _GIVE_TENSORS = (
     "pass inputs=[...] with a tensor, a tuple of tensors or a dict of them for each call; leave `inputs` out if "
     "forward needs anything else: the proof then compares tensors only."
 )
-
-# What a forward pass raises when its arguments don't fit the model.
-_MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
 def example_inputs(model: PreTrainedModel, seed: int = 0) -> list[InputSet]:
@@ -125,8 +122,6 @@ def input_ranks(model: PreTrainedModel, inputs: list[InputSet] | None = None) ->
     cause: BaseException | None = None
     for sets in _candidates(model, seed=0) if inputs is None else [inputs]:
         ranks, errors = _first_run(model, sets)
-        if ranks is None and not _on_meta(model):
-            ranks = _live_ranks(model, sets, errors)
         if ranks is not None:
             return ranks
         cause = cause or errors[-1]
@@ -292,35 +287,24 @@ def _own_dummies(model: PreTrainedModel) -> list[InputSet]:
 def _problem(model: PreTrainedModel, sets: Sequence[InputSet]) -> BaseException | None:
     """Why the model refuses the inputs; None when it accepts them."""
     ranks, errors = _first_run(model, sets)
-    if ranks is not None or _on_meta(model):
-        return None if ranks is not None else errors[-1]
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            model.eval()
-            for one in sets:
-                model(**{name: value.to(model.device) for name, value in one.items()})
-    except _MISFITS as error:
-        return error
-    finally:
-        for module in training:
-            module.training = True
-    return None
+    return None if ranks is not None else errors[-1]
 
 
 def _first_run(model: PreTrainedModel, sets: Sequence[InputSet]) -> tuple[Ranks | None, list[BaseException]]:
-    """Ranks from the first way of running without weights that works, and why the others did not."""
+    """Ranks from the first way of running that works, without weights if possible, and why the others did not."""
     plain = [{name: _plain(value) for name, value in one.items()} for one in sets]
     ways: list[Callable[[], Ranks]] = [lambda: _meta_ranks(_copy(model, "meta"), plain)]
     if _on_meta(model):
         ways.insert(0, lambda: _meta_ranks(model, sets))
     ways.append(lambda: _fake_ranks(model, plain))
+    if not _on_meta(model):
+        ways.append(lambda: _live_ranks(model, sets))
     errors: list[BaseException] = []
     for way in ways:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 return way(), errors
-        except _MISFITS as error:
+        except MISFITS as error:
             errors.append(error)
     return None, errors
 
@@ -356,14 +340,10 @@ def _fake_ranks(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:
         return _observed(_copy(model, "cpu"), fakes)
 
 
-def _live_ranks(model: PreTrainedModel, sets: Sequence[InputSet], errors: list[BaseException]) -> Ranks | None:
-    """From running the model itself; None, and one more error, where it can't."""
-    try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]), evaluating(model):
-            return _observed(model, [{name: value.to(model.device) for name, value in one.items()} for one in sets])
-    except _MISFITS as error:
-        errors.append(error)
-        return None
+def _live_ranks(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:
+    """From running the model itself."""
+    with torch.inference_mode(), evaluating(model):
+        return _observed(model, [{name: value.to(model.device) for name, value in one.items()} for one in sets])
 
 
 def _observed(model: PreTrainedModel, sets: Sequence[InputSet]) -> Ranks:

@@ -11,24 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from hf_compress.calibration import modes
 from hf_compress.core.errors import EvaluationDataError, HFCompressError, UnsupportedModelError
-
-# What a forward raises when its arguments don't fit the model.
-_MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval and inference mode; every sub-module's own training flag is put back."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    with modes.evaluating(*models), torch.inference_mode():
+        yield
 
 
 @contextmanager
@@ -38,7 +29,7 @@ def refusing(error: type[HFCompressError], message: str, fix: str) -> Iterator[N
         yield
     except HFCompressError:
         raise
-    except _MISFITS as cause:
+    except modes.MISFITS as cause:
         lines = str(cause).strip().splitlines()
         why = ": ".join([type(cause).__name__, *lines[:1]])
         raise error(f"{message}: {why}.", fix) from cause

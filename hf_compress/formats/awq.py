@@ -27,14 +27,13 @@ from ..modules.packed import PackedTensor, from_words, layout_of, to_words
 from .base import Limits, checked, take, tie_refusal
 from .integers import (
     ROUNDINGS,
+    IntegerFormat,
     check,
     check_finite,
-    check_half,
     endings,
     half,
     rounding,
     symmetric_or,
-    with_half_scales,
 )
 
 BITS = 4
@@ -46,25 +45,18 @@ GROUP_SIZES = (16, 32, 64, 128)
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs each nibble of a word holds (AutoAWQ's `order_map`)."""
 
-_SUFFIXES = ("qweight", "qzeros", "scales")
 
-
-class AWQFormat:
+class AWQFormat(IntegerFormat):
     """The `awq` layout."""
 
     name = "awq"
-    stock_reader: str | None = "gptqmodel"
-    weights_file: str | None = None
+    suffixes = ("qweight", "qzeros", "scales")
 
     def refusal(self, row: PlanRow, plan: Plan) -> str | None:
         """Why a row can't be held, or None."""
         if row.quantization is None:
             return None
         return tie_refusal(row) or _place_refusal(row) or _grid_refusal(row) or _mixture_refusal(row, plan)
-
-    def adapted(self, row: PlanRow) -> PlanRow:
-        """Scales are stored as float16."""
-        return with_half_scales(row)
 
     def limits(self, plan: Plan) -> Limits:
         """GPTQModel's arithmetic is that of float16; its choice of kernels knows no meta device."""
@@ -86,16 +78,6 @@ class AWQFormat:
             "modules_to_not_convert": list(dict.fromkeys(_entry(name, planned) for name in kept)),
         }
 
-    def keys(self, row: PlanRow) -> list[str]:
-        """Names of the tensors that hold one packed weight."""
-        return [f"{row.module}.{suffix}" for suffix in _SUFFIXES]
-
-    def owned(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Names on disk that belong to packed weights: integer `qweight`s and what lies beside them."""
-        found = (key for key, value in tensors.items() if key.endswith(".qweight") and value.dtype == torch.int32)
-        bases = {key.removesuffix("qweight") for key in found}
-        return {f"{base}{suffix}" for base in bases for suffix in _SUFFIXES} & set(tensors)
-
     def encode(self, row: PlanRow, packed: PackedTensor) -> dict[str, Tensor]:
         """The tensors on disk of one packed weight.
 
@@ -113,19 +95,6 @@ class AWQFormat:
         zeros = torch.zeros_like(packed.scale, dtype=torch.int8) if packed.zero_point is None else packed.zero_point
         parts = (_interleaved(codes.t()), _interleaved(zeros.t()), half(row, packed.scale).t().contiguous())
         return dict(zip(self.keys(row), parts, strict=True))
-
-    def decode(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
-        """One packed weight, in canonical layout.
-
-        Args:
-            row: Its row of the plan.
-            tensors: Tensors by name.
-
-        Raises:
-            CorruptCheckpointError: A tensor is missing, or is not what the plan implies.
-        """
-        check_half(row, take(tensors, f"{row.module}.scales"))
-        return self.read(row, tensors)
 
     def read(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
         """`decode` for tensors of whatever origin: scales may be of any floating type.

@@ -24,15 +24,14 @@ from ..modules.packed import PackedTensor, from_words, layout_of, to_words
 from .base import Limits, checked, take, tie_refusal
 from .integers import (
     ROUNDINGS,
+    IntegerFormat,
     check,
     check_finite,
-    check_half,
     corrupt,
     endings,
     half,
     rounding,
     symmetric_or,
-    with_half_scales,
 )
 
 BITS = (2, 3, 4, 8)
@@ -41,12 +40,11 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that GPTQModel's kernels accept, besides one group for all inputs."""
 
-_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 _HELD = (WeightKind.LINEAR, WeightKind.CONV1D)
 _REPLACED = (WeightKind.LINEAR, WeightKind.CONV1D, WeightKind.CONV)
 
 
-class GPTQFormat:
+class GPTQFormat(IntegerFormat):
     """One of the two GPTQ layouts.
 
     Args:
@@ -54,8 +52,7 @@ class GPTQFormat:
         offset: What is taken from a zero point when it is stored: 1 for `gptq`, 0 for `gptq_v2`.
     """
 
-    stock_reader: str | None = "gptqmodel"
-    weights_file: str | None = None
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
 
     def __init__(self, name: str, offset: int) -> None:
         self.name = name
@@ -66,10 +63,6 @@ class GPTQFormat:
         if row.quantization is None:
             return None
         return tie_refusal(row) or _place_refusal(row, plan) or _grid_refusal(row) or _mixture_refusal(row, plan)
-
-    def adapted(self, row: PlanRow) -> PlanRow:
-        """Scales are stored as float16."""
-        return with_half_scales(row)
 
     def limits(self, plan: Plan) -> Limits:
         """GPTQModel's arithmetic is that of float16; its choice of kernels knows no meta device."""
@@ -100,16 +93,6 @@ class GPTQFormat:
             **({"dynamic": {f"-:^{re.escape(name)}$": {} for name in inside}} if inside else {}),
         }
 
-    def keys(self, row: PlanRow) -> list[str]:
-        """Names of the tensors that hold one packed weight."""
-        return [f"{row.module}.{suffix}" for suffix in _SUFFIXES]
-
-    def owned(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Names on disk that belong to packed weights: integer `qweight`s and what lies beside them."""
-        found = (key for key, value in tensors.items() if key.endswith(".qweight") and value.dtype == torch.int32)
-        bases = {key.removesuffix("qweight") for key in found}
-        return {f"{base}{suffix}" for base in bases for suffix in _SUFFIXES} & set(tensors)
-
     def encode(self, row: PlanRow, packed: PackedTensor) -> dict[str, Tensor]:
         """The tensors on disk of one packed weight.
 
@@ -132,20 +115,6 @@ class GPTQFormat:
             (_group_index(row, columns) if packed.g_idx is None else packed.g_idx).to(words.device),
         )
         return dict(zip(self.keys(row), parts, strict=True))
-
-    def decode(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
-        """One packed weight, in canonical layout.
-
-        Args:
-            row: Its row of the plan.
-            tensors: Tensors by name.
-
-        Raises:
-            CorruptCheckpointError: A tensor is missing, or is not what the plan implies.
-        """
-        check_half(row, take(tensors, f"{row.module}.scales"))
-        take(tensors, f"{row.module}.g_idx")
-        return self.read(row, tensors)
 
     def read(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
         """`decode` for tensors of whatever origin: scales of any floating type, `g_idx` only where it says something.

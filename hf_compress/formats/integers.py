@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,18 +10,60 @@ from torch import Tensor
 from ..core import scheme as schemes
 from ..core.errors import CorruptCheckpointError, FormatError
 from ..core.plan import DTYPES, PlanRow
-from ..modules.packed import layout_of
+from ..modules.packed import PackedTensor, layout_of
+from .base import take
 
 ROUNDINGS = 8
 """Limit on outputs of GPTQModel's kernels, in units of the last place of the coarser of float16 and the weights' type:
 they multiply codes and scales in float16, and sum in another order."""
 
 
-def with_half_scales(row: PlanRow) -> PlanRow:
-    """A row whose scales fit float16, into which stock loading would cast others as well."""
-    if row.quantization is None or row.dtype == "float16":
-        return row
-    return row.model_copy(update={"quantization": schemes.with_half_scales(row.quantization)})
+class IntegerFormat:
+    """What the two layouts have in common.
+
+    Attributes:
+        suffixes: Names of the tensors of a layer.
+        stock_reader: Package that stock transformers needs to read it.
+        weights_file: None: transformers' own.
+    """
+
+    suffixes: tuple[str, ...]
+    stock_reader: str | None = "gptqmodel"
+    weights_file: str | None = None
+
+    def adapted(self, row: PlanRow) -> PlanRow:
+        """A row whose scales fit float16, into which stock loading would cast others as well."""
+        if row.quantization is None or row.dtype == "float16":
+            return row
+        return row.model_copy(update={"quantization": schemes.with_half_scales(row.quantization)})
+
+    def keys(self, row: PlanRow) -> list[str]:
+        """Names of the tensors that hold one packed weight."""
+        return [f"{row.module}.{suffix}" for suffix in self.suffixes]
+
+    def owned(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Names on disk that belong to packed weights: integer `qweight`s and what lies beside them."""
+        found = (key for key, value in tensors.items() if key.endswith(".qweight") and value.dtype == torch.int32)
+        bases = {key.removesuffix("qweight") for key in found}
+        return {f"{base}{suffix}" for base in bases for suffix in self.suffixes} & set(tensors)
+
+    def decode(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
+        """One packed weight of a checkpoint of ours, in canonical layout.
+
+        Args:
+            row: Its row of the plan.
+            tensors: Tensors by name.
+
+        Raises:
+            CorruptCheckpointError: A tensor is missing, or is not what the plan implies.
+        """
+        found = {key: take(tensors, key) for key in self.keys(row)}
+        check_half(row, found[f"{row.module}.scales"])
+        return self.read(row, found)
+
+    def read(self, row: PlanRow, tensors: Mapping[str, Tensor]) -> PackedTensor:
+        """`decode` for tensors of whatever origin."""
+        raise NotImplementedError
 
 
 def rounding(rows: Sequence[PlanRow]) -> float:
