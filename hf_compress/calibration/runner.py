@@ -118,7 +118,7 @@ class Pass:
         """What the next stack is called with."""
         blocks = [path for stack in stacks for path in stack.paths]
         firsts = {stack.paths[0]: self.source.block(stack.paths[0]) for stack in stacks if not stack.outputs}
-        with self.source.outside(blocks):
+        with self.source.outside(blocks, written=False):
             return record_next(self.source.model, stacks, firsts, self.batches) if firsts else None
 
     def _walk(self, recording: Recording, followed: bool) -> Iterator[Finished]:
@@ -216,7 +216,7 @@ class Pass:
         over = [stack for stack in stacks if stack.outputs]
         model = self.source.model
         ordered = self.compressor.sequential
-        outside = self.source.outside([path for stack in over for path in stack.paths])
+        outside = self.source.outside([path for stack in over for path in stack.paths], written=True)
         with outside, _unchanged(model, rows if ordered else ()) as journal:
             calls = [WholeCall(model, batch, index, over) for index, batch in enumerate(self.batches)]
             block = _WholeBlock(

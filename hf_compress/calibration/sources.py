@@ -26,11 +26,12 @@ class WeightSource(Protocol):
             path: The submodule's path; empty for the whole model.
         """
 
-    def outside(self, stacks: Sequence[str]) -> AbstractContextManager[None]:
+    def outside(self, stacks: Sequence[str], written: bool) -> AbstractContextManager[None]:
         """While entered, everything in `model` outside of some submodules has values.
 
         Args:
             stacks: Paths of the submodules, such as the list of blocks.
+            written: Whether the values may be changed. If not, they may be pages of a file.
         """
 
 
@@ -65,6 +66,6 @@ class LiveSource:
             ) from error
         return copy.eval().requires_grad_(False)
 
-    def outside(self, stacks: Sequence[str]) -> AbstractContextManager[None]:
+    def outside(self, stacks: Sequence[str], written: bool) -> AbstractContextManager[None]:
         """Nothing to do: everything has values."""
         return nullcontext()

@@ -109,16 +109,19 @@ class Shards:
         """Whether there is a tensor for a name in the model."""
         return name in self._targets
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by their names in the model, in its data types, in memory of their own.
+    def read(self, names: Iterable[str], mapped: bool = False) -> dict[str, Tensor]:
+        """Tensors by their names in the model, in its data types.
 
         Args:
             names: Names in the model; those that are made of the same tensors on disk are best asked for together.
+            mapped: Whether values that need no conversion may be pages of the file, not to be written to; otherwise
+                all are in memory of their own.
         """
         wanted = dict.fromkeys(names)
         found: dict[str, Tensor] = {}
+        get = partial(self._value, copy=not mapped)
         for target in dict.fromkeys(self._targets[name] for name in wanted):
-            made = self._converted(self._groups[target], self._value)
+            made = self._converted(self._groups[target], get)
             found |= {name: value for name, value in made.items() if name in wanted}
         return found
 
@@ -157,11 +160,11 @@ class Shards:
         single = ((name, value[0] if isinstance(value, list) else value) for name, value in made.items())
         return {name: value.contiguous() for name, value in single}
 
-    def _value(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor on disk, copied so that no page of the file stays in memory."""
+    def _value(self, name: str, dtype: torch.dtype, copy: bool) -> Tensor:
+        """A tensor on disk; copied, no page of the file stays in memory."""
         with open_weights(self._files[name]) as opened:
             value: Tensor = opened.get_tensor(name)
-            return value.to(dtype, copy=True)
+            return value.to(dtype, copy=copy)
 
     def _shape(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor on disk without values."""
@@ -212,32 +215,35 @@ class ShardSource:
         return module.eval().requires_grad_(False)
 
     @contextmanager
-    def outside(self, stacks: Sequence[str]) -> Iterator[None]:
+    def outside(self, stacks: Sequence[str], written: bool) -> Iterator[None]:
         """While entered, what lies outside of some submodules has values; afterwards it is on meta again."""
         inside = tuple(f"{stack}." for stack in stacks)
         names = [name for name in _state(self._model) if not name.startswith(inside)]
         before: list[tuple[str, Tensor]] = []
         try:
-            before.extend(self._fill(self._model, "", names))
+            before.extend(self._fill(self._model, "", names, mapped=not written))
             yield
         finally:
             for name, value in before:
                 _put(self._model, name, value)
 
-    def _fill(self, module: nn.Module, head: str, names: Sequence[str]) -> list[tuple[str, Tensor]]:
+    def _fill(
+        self, module: nn.Module, head: str, names: Sequence[str], mapped: bool = False
+    ) -> list[tuple[str, Tensor]]:
         """Give values to parameters and buffers on meta.
 
         Args:
             module: The module to change.
             head: What its names have in front in the model.
             names: Names of what to fill, in the module.
+            mapped: Whether values may be pages of the files, not to be written to.
 
         Returns:
             What was there before, by name.
         """
         old = {name: value for name, value in _state(module).items() if name in set(names) and value.is_meta}
         stored = {name: self._stored(self._names[f"{head}{name}"]) for name in old}
-        values = self._shards.read(dict.fromkeys(name for name in stored.values() if name is not None))
+        values = self._shards.read(dict.fromkeys(name for name in stored.values() if name is not None), mapped)
         made: dict[int, Tensor] = {}
         for name, value in old.items():
             source = stored[name]
@@ -263,7 +269,7 @@ class ShardSource:
         for name, source in dict(self._model.all_tied_weights_keys).items():
             if name not in self._shards or source not in self._shards:
                 continue
-            values = self._shards.read([name, source])
+            values = self._shards.read([name, source], mapped=True)
             if not torch.equal(values[name], values[source]):
                 del self._model.all_tied_weights_keys[name]
         self._model.tie_weights(recompute_mapping=False)

@@ -272,8 +272,8 @@ class Blockwise:
     def block(self, path: str) -> nn.Module:
         return self._live.block(path)
 
-    def outside(self, stacks: Sequence[str]) -> AbstractContextManager[None]:
-        return self._live.outside(stacks)
+    def outside(self, stacks: Sequence[str], written: bool) -> AbstractContextManager[None]:
+        return self._live.outside(stacks, written)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "vit"])
