@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..apply.swapping import set_changed
 from ..calibration.block import Compressor, Finished
 from ..calibration.data import CalibrationSet, check_data, is_generated, prepare
 from ..calibration.results import MemoryResults, Results
@@ -161,18 +161,3 @@ class ResultRequest(QuantizationConfigMixin):
         """A load session with that packer."""
         release_ties(model, self.plan)
         return LoadSession(self.plan, self.packer, self.progress)
-
-
-@torch.no_grad()
-def set_changed(model: nn.Module, changed: Mapping[str, Tensor]) -> None:
-    """Give parameters and buffers that stay dense their new values.
-
-    Loaded ones may be mapped read-only from their file, so they are replaced and not written to.
-    """
-    for name, value in changed.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        for values in (module._parameters, module._buffers):
-            target = values.get(leaf)
-            if target is not None:
-                target.data = value.to(target.device, target.dtype, copy=True)

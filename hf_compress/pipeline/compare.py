@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..apply.planning import is_quantized
 from ..checkpoint.atomic import atomic_directory, check_output, recover
 from ..checkpoint.save import load, output_path, save
 from ..checkpoint.stock import load_source
@@ -38,7 +39,7 @@ from ..evaluation.report import WARMUP, Report, busy, evaluate, try_inputs
 from ..evaluation.report_inputs import latency_inputs
 from ..evaluation.size import resident_bytes, stored_bytes
 from .compare_names import named_configs, request_of
-from .planning import Request, is_quantized, model_class, model_config
+from .planning import Request, model_class, model_config
 from .quantize import Progress, quantize
 
 if TYPE_CHECKING:

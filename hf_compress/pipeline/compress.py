@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..apply.packing import pack_weight
+from ..apply.planning import check_config, plan_model
+from ..apply.swapping import announce
 from ..calibration.block import Finished
 from ..calibration.results import Results
 from ..checkpoint.atomic import check_output, disk_errors, ensure_space, recover
@@ -24,10 +27,8 @@ from ..core.config import QuantConfig
 from ..core.errors import CalibrationError, UnsupportedModelError, WeightValueError
 from ..core.plan import Plan, PlanRow
 from ..modules.packed import PackedTensor
-from .apply import pack_weight
 from .calibrate import ResultRequest, calibrate_source
-from .loading import announce
-from .planning import Request, check_config, meta_model, model_class, model_config, plan_model
+from .planning import Request, meta_model, model_class, model_config
 from .quantize import quantize, with_calibration
 from .recipes import load_config
 

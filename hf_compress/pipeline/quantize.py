@@ -11,17 +11,18 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
+from ..apply.packing import pack_weight
+from ..apply.planning import check_config, plan_model
+from ..apply.swapping import announce, check_range, complete, swap_all
 from ..calibration.block import Finished
 from ..checkpoint.stock import load_source
 from ..core.config import Calibration, QuantConfig
 from ..core.errors import CalibrationError, ConfigError, UnsupportedModelError
 from ..core.plan import Plan
 from ..core.weights import kept_in_float32
-from .apply import pack_weight
 from .backends import backend_of, quantize_stock
 from .calibrate import calibrate_live, calibrate_source, memory_results
-from .loading import announce, check_range, complete, swap_all
-from .planning import Request, check_config, meta_model, model_class, model_config, plan_model, plan_request
+from .planning import Request, meta_model, model_class, model_config, plan_request
 
 Progress = Callable[[int, int], None]
 

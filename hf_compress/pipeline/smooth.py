@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..apply.planning import plan_model
 from ..calibration.data import prepare
 from ..calibration.modes import evaluating
 from ..core.config import Calibration
@@ -16,7 +17,6 @@ from ..core.plan import PlanRow
 from ..core.weights import list_weights
 from ..methods.int8_dynamic import Int8DynamicQuantConfig
 from ..methods.smoothquant import smooth_model
-from .planning import plan_model
 
 
 def smooth(model: nn.Module, calibration: Any = None, strength: float = 0.5) -> nn.Module:

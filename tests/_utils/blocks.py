@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hf_compress as hfc
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Block, Call
 from hf_compress.calibration.capture import run_model
 from hf_compress.core.config import QuantConfig
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.tiny import tiny_inputs
 
 

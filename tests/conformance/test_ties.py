@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_compress as hfc
+from hf_compress.apply.packing import pack_weight
 from hf_compress.checkpoint.session import LoadSession
 from hf_compress.checkpoint.worker import CleanWorker
 from hf_compress.core.errors import TiedWeightsError
 from hf_compress.evaluation.size import resident_bytes
 from hf_compress.modules.swap import packed_tensor
-from hf_compress.pipeline.apply import pack_weight
 from tests._utils.tiny import output, tiny, tiny_dir, tiny_inputs
 from tests.conformance.helpers import (
     plan_of,

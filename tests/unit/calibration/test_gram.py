@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import hf_compress as hfc
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Block, Call
 from hf_compress.calibration.experts import collect_experts, intermediate
 from hf_compress.calibration.gram import Inputs, collect, patches
 from hf_compress.core.errors import CalibrationError
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.blocks import block_of
 from tests._utils.tiny import tiny
 

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.gram import collect
 from hf_compress.calibration.results import MemoryResults
 from hf_compress.calibration.runner import Pass, split
@@ -18,7 +19,6 @@ from hf_compress.core.errors import CalibrationError
 from hf_compress.methods.rtn import RTNQuantConfig
 from hf_compress.methods.rtn.method import quantize_scheme
 from hf_compress.methods.smoothquant import smooth_model
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.tiny import HIDDEN, tiny
 
 SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}

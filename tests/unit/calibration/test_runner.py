@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Block, Call, first_tensor
 from hf_compress.calibration.capture import find_stacks
 from hf_compress.calibration.gram import collect
@@ -21,7 +22,6 @@ from hf_compress.core.errors import CalibrationError
 from hf_compress.core.plan import Plan
 from hf_compress.methods.rtn import RTNQuantConfig
 from hf_compress.methods.rtn.method import quantize_scheme
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.tiny import FAMILIES, MORE, tiny
 
 EVERY = sorted({*FAMILIES, *MORE} - {"encodec"})  # for which there are no example inputs

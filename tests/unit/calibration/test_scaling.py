@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import hf_compress as hfc
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Block, Call
 from hf_compress.calibration.scaling import ScaleGroup, apply, find_groups, survey, trial
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.blocks import block_of
 from tests._utils.tiny import tiny
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_compress as hfc
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.shared import Sharing
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.tiny import tiny
 
 WIDTH, VOCABULARY = 32, 64

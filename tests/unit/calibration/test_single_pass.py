@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_compress as hfc
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Block, Call
 from hf_compress.calibration.experts import collect_experts
 from hf_compress.calibration.gram import collect
@@ -18,7 +19,6 @@ from hf_compress.calibration.single_pass import Stage, UnsuitableBlockError, sin
 from hf_compress.core.plan import PlanRow
 from hf_compress.methods.rtn.method import quantize_scheme
 from hf_compress.modules.packed import layout_of
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.blocks import block_of
 from tests._utils.tiny import tiny
 

@@ -12,14 +12,14 @@ import torch
 from transformers import AutoConfig
 
 import hf_compress as hfc
+from hf_compress.apply.packing import pack_weight
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Finished
 from hf_compress.checkpoint.results_store import MANIFEST, Signature, open_store, remove_store, signature_of
 from hf_compress.checkpoint.shards import safetensors_files
 from hf_compress.core.errors import OutputExistsError
 from hf_compress.core.plan import Plan
 from hf_compress.modules.packed import PackedTensor
-from hf_compress.pipeline.apply import pack_weight
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.tiny import tiny, tiny_dir
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from hf_compress.apply.packing import pack_weight
 from hf_compress.core.config import QuantConfig
 from hf_compress.core.errors import CorruptCheckpointError, FormatError
 from hf_compress.core.fit import fit
@@ -28,7 +29,6 @@ from hf_compress.methods.int8_dynamic import Int8DynamicQuantConfig
 from hf_compress.methods.rtn import RTNQuantConfig
 from hf_compress.modules.packed import PackedTensor, layout_of, pack
 from hf_compress.modules.swap import packed_modules, packed_tensor
-from hf_compress.pipeline.apply import pack_weight
 from hf_compress.pipeline.planning import plan
 from hf_compress.pipeline.quantize import quantize
 from tests._utils.tiny import tiny

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import hf_compress as hfc
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Block, Call
 from hf_compress.calibration.experts import ExpertPolicy, collect_experts
 from hf_compress.calibration.gram import collect
@@ -33,7 +34,6 @@ from hf_compress.methods.awq.search import (
 from hf_compress.methods.rtn.method import quantize as round_to_nearest
 from hf_compress.methods.rtn.method import quantize_scheme
 from hf_compress.modules.packed import unpack_codes
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.blocks import block_of
 from tests._utils.tiny import tiny, tiny_inputs
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_compress as hfc
+from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Block, Call
 from hf_compress.calibration.experts import collect_experts
 from hf_compress.calibration.results import MemoryResults
@@ -20,7 +21,6 @@ from hf_compress.core.registry import METHODS
 from hf_compress.methods.gptq.method import GPTQ, compressor
 from hf_compress.methods.rtn.method import quantize_scheme
 from hf_compress.modules.packed import layout_of, unpack_codes
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.blocks import block_of
 from tests._utils.tiny import tiny, tiny_inputs
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_compress.apply.packing import pack_weight
 from hf_compress.core.errors import ConfigError, WeightValueError
 from hf_compress.core.registry import Quantized
 from hf_compress.core.scheme import groups, weight_args
@@ -17,7 +18,6 @@ from hf_compress.methods.rtn.config import RTNFields
 from hf_compress.methods.rtn.method import CHUNK, quantize, scheme
 from hf_compress.modules.packed import dequantize
 from hf_compress.modules.results import check_values, sqnr_db
-from hf_compress.pipeline.apply import pack_weight
 from hf_compress.pipeline.planning import plan
 from hf_compress.pipeline.quantize import quantize as quantize_model
 from tests._utils.packing import packed_of

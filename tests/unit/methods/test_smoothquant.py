@@ -6,10 +6,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_compress as hfc
+from hf_compress.apply.planning import plan_model
 from hf_compress.core.errors import CalibrationError, ConfigError, TiedWeightsError, UnsupportedModelError
 from hf_compress.methods.smoothquant import smooth_block, smooth_model
 from hf_compress.methods.smoothquant.method import scales_of
-from hf_compress.pipeline.planning import plan_model
 from tests._utils.blocks import block_of
 from tests._utils.tiny import output, tiny, tiny_inputs
 
