@@ -44,7 +44,23 @@ Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
 logger = logging.getLogger(__name__)
 
 
-class Rule(BaseModel):
+class Settings(BaseModel):
+    """Base of what users configure: frozen, without unknown keys, its errors told in our words.
+
+    Raises:
+        ConfigError: A key is unknown or a value has the wrong type or range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _config_error(type(self), error) from None
+
+
+class Rule(Settings):
     """One line of the rules: which weights, and what is different for them.
 
     Attributes:
@@ -55,19 +71,11 @@ class Rule(BaseModel):
         symmetric: Whether the matched weights are quantized without zero point.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     pattern: Pattern
     keep: Annotated[bool, Field(strict=True)] | None = None
     bits: Bits | None = None
     group_size: GroupSize | None = None
     symmetric: Annotated[bool, Field(strict=True)] | None = None
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _config_error(type(self), error) from None
 
     def settings(self) -> dict[str, Any]:
         """The scheme settings that this rule changes."""

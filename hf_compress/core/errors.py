@@ -78,6 +78,12 @@ class DeviceError(HFCompressError, ValueError):
     code = "HFC303"
 
 
+class TrainerError(HFCompressError, ValueError):
+    """A Trainer is set up in a way that a callback or mixin of this package can't work with."""
+
+    code = "HFC304"
+
+
 class GroupSizeError(HFCompressError, ValueError):
     """`group_size` does not divide the input width of a weight."""
 
@@ -132,6 +138,12 @@ class RowError(HFCompressError, IndexError):
     code = "HFC409"
 
 
+class TeacherError(HFCompressError, ValueError):
+    """A teacher and a student don't fit: vocabulary, labels, layers or sizes."""
+
+    code = "HFC410"
+
+
 class CalibrationError(HFCompressError, ValueError):
     """Calibration data is missing, empty, too little, of unknown form, unfit for the model, or given twice."""
 
@@ -154,6 +166,18 @@ class MeasurementError(HFCompressError, RuntimeError):
     """A measurement gave no usable numbers."""
 
     code = "HFC601"
+
+
+class LossError(HFCompressError, FloatingPointError):
+    """The training loss is NaN or infinite."""
+
+    code = "HFC602"
+
+
+class MergeError(HFCompressError, ValueError):
+    """Merging an adapter into a compressed model would lose what it has learned."""
+
+    code = "HFC603"
 
 
 class OutputExistsError(HFCompressError, FileExistsError):
@@ -190,6 +214,12 @@ class WorkerError(HFCompressError, RuntimeError):
     """The clean process that proves checkpoints died or answered nonsense."""
 
     code = "HFC706"
+
+
+class ResumeError(HFCompressError, ValueError):
+    """A checkpoint to resume from lacks training state, or holds that of another configuration."""
+
+    code = "HFC707"
 
 
 class FormatError(HFCompressError, ValueError):

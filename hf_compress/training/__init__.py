@@ -1,0 +1,1 @@
+"""What loop: quantization-aware training, pruning and distillation inside the Hugging Face `Trainer`."""

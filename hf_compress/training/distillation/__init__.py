@@ -1,0 +1,1 @@
+"""Distillation: losses, teachers, and the mixin that adds them to any Trainer."""

@@ -1,0 +1,1 @@
+"""Pruning while training: masks that live in the weights."""
