@@ -42,6 +42,7 @@ quality: $(STAMP) ## Lint, format, types, layers, lengths, docs: what CI runs be
 	$(RUN) $(BIN)/python scripts/check_docs.py
 	$(BIN)/python scripts/readme_table.py --check
 	$(BIN)/python scripts/ptq_tables.py --check
+	$(BIN)/python scripts/training_tables.py --check
 	$(RUN) $(BIN)/python scripts/compare_docs.py --check
 	$(RUN) $(BIN)/python scripts/capabilities.py --check
 

@@ -40,7 +40,7 @@ from hf_compress.checkpoint.proof_worker import run_inputs  # noqa: E402
 from hf_compress.checkpoint.worker import CleanWorker  # noqa: E402
 from hf_compress.core.config import Format, QuantConfig  # noqa: E402
 from hf_compress.core.errors import GroupSizeError, HFCompressError  # noqa: E402
-from hf_compress.core.registry import METHODS  # noqa: E402
+from hf_compress.core.registry import untrained  # noqa: E402
 from hf_compress.core.weights import list_weights  # noqa: E402
 from hf_compress.modules.kernels.choose import reference_kernels  # noqa: E402
 from hf_compress.pipeline.capabilities import FILE, Capabilities, Cell, Family, Recipe  # noqa: E402
@@ -301,7 +301,7 @@ def check_data(found: Capabilities) -> Iterator[str]:
     have, wanted = {cell.key for cell in found.cells}, set(keys())
     if have != wanted:
         yield f"{len(wanted - have)} cells are missing and {len(have - wanted)} too many: {sorted(wanted ^ have)[:3]}"
-    if unused := set(METHODS.names()) - {recipe.method for recipe in found.recipes}:
+    if unused := set(untrained()) - {recipe.method for recipe in found.recipes}:
         yield f"methods without a recipe: {sorted(unused)}"
     yield from (f"{' '.join(cell.key)} failed: {cell.message}" for cell in found.cells if cell.result == "failed")
 

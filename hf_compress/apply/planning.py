@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.handover import check_awq, plan_of
+from ..checkpoint.handover import check_awq, plan_of, training_plan_of
 from ..checkpoint.inputs import input_ranks
 from ..core.build import build_plan
 from ..core.config import QuantConfig
@@ -36,6 +36,20 @@ def check_config(config: object, min_coverage: float | None = None) -> None:
         )
 
 
+def refuse_trained(config: QuantConfig) -> None:
+    """Refuse a method that trains, where nothing is trained.
+
+    Raises:
+        ConfigError: With the two ways of using it.
+    """
+    if config.spec.prepare is not None:
+        raise ConfigError(
+            f"The method {config.method!r} works while a model is trained, and nothing is trained here.",
+            f"Trainer(model, ..., callbacks=[hf_compress.QATCallback(hf_compress.{config!r})]), or "
+            f"from_pretrained(..., quantization_config=hf_compress.{config!r}) and hf_compress.QATCallback()",
+        )
+
+
 def plan_model(model: nn.Module, config: QuantConfig) -> Plan:
     """The plan for a model in memory or on meta."""
     check_config(config)
@@ -43,6 +57,11 @@ def plan_model(model: nn.Module, config: QuantConfig) -> Plan:
         raise AlreadyQuantizedError(
             f"{type(model).__name__} is quantized already; quantizing twice would compound the error.",
             "start from the original model",
+        )
+    if training_plan_of(model) is not None:
+        raise AlreadyQuantizedError(
+            f"{type(model).__name__} is prepared for quantization-aware training already.",
+            "finish it with hf_compress.convert(model), or load the model again",
         )
     _check_bare(model)
     with torch.random.fork_rng(devices=[]):
@@ -69,12 +88,18 @@ def _check_bare(model: nn.Module) -> None:
     for (module, name), fix in _WRAPPERS.items():
         if _is(model, module, name):
             raise UnsupportedModelError(f"{type(model).__name__} is not the model itself but holds it.", fix)
-    for path, inner in model.named_modules():
-        if _is(inner, "peft.tuners.tuners_utils", "BaseTunerLayer"):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has an adapter at {path}, which would be taken for weights of its own.",
-                "merge the adapters before: PeftModel.from_pretrained(base, adapters).merge_and_unload()",
-            )
+    path = adapter_in(model)
+    if path is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an adapter at {path}, which would be taken for weights of its own.",
+            "merge the adapters before: PeftModel.from_pretrained(base, adapters).merge_and_unload()",
+        )
+
+
+def adapter_in(model: nn.Module) -> str | None:
+    """Path of the first layer that has an adapter of PEFT, or None."""
+    named = model.named_modules()
+    return next((path for path, inner in named if _is(inner, "peft.tuners.tuners_utils", "BaseTunerLayer")), None)
 
 
 def _is(value: nn.Module, module: str, name: str) -> bool:

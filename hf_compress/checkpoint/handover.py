@@ -32,6 +32,8 @@ from .foreign import LIBRARIES, check_measured, measured_plan, quantization_of
 from .record import FILE, KEY, record_of, sort_metadata
 
 _PLAN = "hfc_plan"
+TRAINING_PLAN = "hfc_qat"
+"""Attribute of a model that computes with fake-quantized values: the plan that converting it will carry out."""
 
 
 class NativeConfig(CompressedTensorsConfig):
@@ -174,7 +176,7 @@ def hand_over(model: nn.Module, plan: Plan) -> None:
     values = format_of(plan).quantization_config(plan)
     quantizer: NativeQuantizer | StoredQuantizer
     if plan.format == "dense":
-        _forget_quantization(model)
+        forget_quantization(model)
         return
     if plan.format == "compressed-tensors":
         quantizer = NativeQuantizer(NativeConfig.from_dict(values), pre_quantized=True)
@@ -327,13 +329,21 @@ def plan_of(model: object) -> Plan | None:
     return found if isinstance(found, Plan) else None
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """Remove every trace of quantization from a model that stays dense."""
+def training_plan_of(model: object) -> Plan | None:
+    """The plan that a model is being trained for, or None."""
+    found = vars(model).get(TRAINING_PLAN) if isinstance(model, nn.Module) else None
+    return found if isinstance(found, Plan) else None
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Remove every trace of quantization from a model that stays dense, and from models inside of it."""
     for name in ("hf_quantizer", "quantization_method"):
         vars(model).pop(name, None)
     if "quantization_config" in vars(model.config):
         del model.config.quantization_config
-    model.config._is_quantized = False
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
     model.is_quantized = False
 
 

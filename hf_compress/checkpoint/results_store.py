@@ -12,6 +12,7 @@ import hashlib
 import json
 import platform
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -81,15 +82,17 @@ def _request_of(plan: Plan) -> Signature:
 
 
 class ResultsStore:
-    """Results in a directory; see `Results`. Made by `open_store`.
+    """Results in a directory; see `Results`. Made by `open_store` and `passing_store`.
 
     Args:
         directory: Where they are; it exists.
         plan: The plan that they carry out; tells the layouts of packed weights.
+        resumable: Whether activations are kept too, which a run needs to go on from.
     """
 
-    def __init__(self, directory: Path, plan: Plan) -> None:
+    def __init__(self, directory: Path, plan: Plan, resumable: bool = True) -> None:
         self._directory = directory
+        self._resumable = resumable
         self._layouts = {row.name: layout_of(row) for row in plan.quantized}
         self._checked: set[Path] = set()
 
@@ -114,7 +117,7 @@ class ResultsStore:
         """
         try:
             with disk_errors(self._directory):
-                if state:
+                if state and self._resumable:
                     self._write(key, _STATE, state, {})
                 facts = json.dumps({_SQNR: finished.sqnr, _FOLLOWED: bool(state)}, sort_keys=True)
                 file = self._write(key, _RESULT, _tensors(finished), {_FACTS: facts})
@@ -180,6 +183,21 @@ class ResultsStore:
         return PackedTensor(
             self._layouts[name], parts["packed"], parts["scale"], **{other: parts.get(other) for other in others}
         )
+
+
+@contextmanager
+def passing_store(plan: Plan) -> Iterator[ResultsStore]:
+    """A place for results outside of memory, in the system's temporary directory. They are gone after the block.
+
+    Args:
+        plan: The plan that they carry out.
+
+    Raises:
+        WriteError: The disk is full, or can't be written to.
+    """
+    place = Path(tempfile.gettempdir())
+    with disk_errors(place), tempfile.TemporaryDirectory(prefix="hf_compress-", dir=place) as directory:
+        yield ResultsStore(Path(directory), plan, resumable=False)
 
 
 @contextmanager

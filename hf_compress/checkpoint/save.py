@@ -16,7 +16,7 @@ from .atomic import atomic_directory, check_output, disk_errors, ensure_space, r
 from .foreign import settle
 from .foreign_int import load_foreign_int
 from .foreign_settings import foreign_settings
-from .handover import current_plan, handed_over, refuse_wrapped
+from .handover import current_plan, handed_over, refuse_wrapped, training_plan_of
 from .inputs import InputSet, normalise_inputs
 from .load import load_packed
 from .plain import check_storable, is_plain, needs_skeleton, stored_bytes, write_plain
@@ -104,6 +104,11 @@ def _saveable_plan(model: object) -> Plan:
         UnsupportedModelError: It is no model of ours, or has an adapter, or layers that are wrapped or compiled.
     """
     plan = current_plan(model) if isinstance(model, nn.Module) else None
+    if training_plan_of(model) is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} only computes with fake-quantized values so far; its weights are floating point.",
+            "call hf_compress.convert(model) first; model.save_pretrained writes it as it is",
+        )
     if plan is None or not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"{type(model).__name__} was not compressed by hf_compress.",

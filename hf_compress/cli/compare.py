@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ConfigError, EvaluationDataError, OutputExistsError
-from ..core.registry import METHODS
+from ..core.registry import METHODS, untrained
 from . import options
 from .output import Output
 from .quantize import processor_of
@@ -29,9 +29,7 @@ EXAMPLES = (
 def command(
     ctx: typer.Context,
     model: options.Model,
-    methods: Annotated[
-        str, typer.Option("--methods", metavar="A,B", help=f"Some of {', '.join(METHODS.names())}.")
-    ] = "",
+    methods: Annotated[str, typer.Option("--methods", metavar="A,B", help=f"Some of {', '.join(untrained())}.")] = "",
     recipes: Annotated[
         list[str] | None,
         typer.Option("--config", "-c", metavar="NAME|FILE", help="A recipe to compare too; may be repeated."),

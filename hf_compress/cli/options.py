@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import ConfigError
-from ..core.registry import METHODS
+from ..core.registry import METHODS, untrained
 
 if TYPE_CHECKING:
     from ..core.config import Calibration, QuantConfig
@@ -19,7 +19,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id or a directory.")]
-MethodName = Annotated[str | None, typer.Option("--method", "-m", help=f"One of {', '.join(METHODS.names())}.")]
+MethodName = Annotated[str | None, typer.Option("--method", "-m", help=f"One of {', '.join(untrained())}.")]
 Config = Annotated[
     str | None,
     typer.Option("--config", "-c", metavar="NAME|FILE", help="A packaged recipe, or a YAML or JSON file."),

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from .errors import BackendError, first_line
 
-EXTRAS = {"bitsandbytes": "bnb", "torchao": "torchao", "matplotlib": "eval"}
+EXTRAS = {"bitsandbytes": "bnb", "torchao": "torchao", "matplotlib": "eval", "peft": "lora"}
 """The extra of this package that installs each."""
 
 IMPORT_ERRORS = (

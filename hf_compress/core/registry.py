@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from .errors import MethodError, nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor, dtype, nn
 
     from ..calibration.block import Compressor
     from .config import QuantConfig, QuantFields
@@ -78,6 +78,8 @@ class Method:
         quantizes_activations: Whether the scheme of a linear layer also quantizes its input at run time, which depends
             on the input's rank.
         notes: Remarks on these fields for the plan, such as what this processor is slow at.
+        prepare: Of methods that train: lets a live dense model compute with fake-quantized values. A Trainer's
+            callback carries them out; what quantizes without training refuses them.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Method:
     float32_copies: int = 0
     quantizes_activations: bool = False
     notes: Callable[[QuantFields], tuple[str, ...]] | None = None
+    prepare: Callable[[nn.Module, Plan, QuantFields], None] | None = None
 
 
 class Format(Protocol):
@@ -164,8 +167,18 @@ class Registry(Generic[Entry]):
 METHODS: Registry[Method] = Registry("method")
 FORMATS: Registry[Format] = Registry("format")
 
+TRAINED = ("qat",)
+"""Methods that train; named here so that lists of the others import none of them."""
+
+
+def untrained() -> list[str]:
+    """Names of the methods that need no training: what `quantize`, `compress` and the command line offer, sorted."""
+    return [name for name in METHODS.names() if name not in TRAINED]
+
+
 for _name in ("rtn", "hqq", "codebook", "int8_dynamic", "int8_static", "cast", "autoround", "gptq", "awq"):
     METHODS.declare(_name, f"hf_compress.methods.{_name}")
+METHODS.declare("qat", "hf_compress.training.qat")
 for _name, _module in (
     ("compressed-tensors", "compressed_tensors"),
     ("bitsandbytes", "bitsandbytes"),

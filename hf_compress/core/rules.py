@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .config import QuantFields, Rule
 from .errors import PatternError, RuleError, nearest
 from .weights import Role, Weight
+
+
+class AnyRule(Protocol):
+    """One line of rules of any kind: `Rule` for quantization; others set other things."""
+
+    @property
+    def pattern(self) -> str:
+        """Glob, or regular expression after `re:`."""
+
+    @property
+    def keep(self) -> bool | None:
+        """Whether the matched weights stay as they are; None leaves that to other rules."""
+
+    def settings(self) -> dict[str, Any]:
+        """What else it changes."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +57,29 @@ def resolve(fields: QuantFields, weights: Sequence[Weight]) -> dict[str, Decisio
         PatternError: A pattern is invalid or matches nothing.
         RuleError: A rule says nothing, contradicts itself, or changes only weights that stay kept.
     """
-    decisions = {weight.name: _default(fields, weight) for weight in weights}
     user = [*(Rule(pattern=pattern, keep=True) for pattern in fields.skip), *fields.rules]
-    for rule in user:
-        _check(rule)
+    before = {weight.name: _default(fields, weight) for weight in weights}
+    return decide(user, before, ("bits", "group_size", "symmetric"))
+
+
+def decide(rules: Sequence[AnyRule], before: Mapping[str, Decision], names: Sequence[str]) -> dict[str, Decision]:
+    """Apply rules of any kind, in their order.
+
+    Args:
+        rules: The user's rules.
+        before: What happens to each weight without them.
+        names: What such rules can set, for messages.
+
+    Raises:
+        PatternError: A pattern is invalid or matches nothing.
+        RuleError: A rule says nothing, contradicts itself, or changes only weights that stay kept.
+    """
+    decisions = dict(before)
+    for rule in rules:
+        _check(rule, names)
         for name in _matched(rule.pattern, decisions):
             decisions[name] = _apply(rule, decisions[name])
-    for rule in user:
+    for rule in rules:
         _check_effect(rule, decisions)
     return decisions
 
@@ -77,9 +108,14 @@ def _default(fields: QuantFields, weight: Weight) -> Decision:
     """What happens to a weight before any rule of the user."""
     if weight.role is Role.EMBEDDING and fields.embeddings == "int8":
         return Decision(keep=False, reason='embeddings="int8"')
-    if fields.default_rules and weight.role is not Role.NONE:
-        return Decision(keep=True, reason=f"default rule: {weight.role.value}", by_default=True)
-    return Decision(keep=False, reason="in scope")
+    return by_role(weight) if fields.default_rules else Decision(keep=False, reason="in scope")
+
+
+def by_role(weight: Weight) -> Decision:
+    """The default rules: heads, routers, norms and embeddings are kept."""
+    if weight.role is Role.NONE:
+        return Decision(keep=False, reason="in scope")
+    return Decision(keep=True, reason=f"default rule: {weight.role.value}", by_default=True)
 
 
 def _matched(pattern: str, names: Iterable[str]) -> list[str]:
@@ -97,11 +133,12 @@ def _matched(pattern: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-def _check(rule: Rule) -> None:
+def _check(rule: AnyRule, names: Sequence[str]) -> None:
     """Refuse rules that say nothing or contradict themselves."""
     if rule.keep is None and not rule.settings():
         raise RuleError(
-            f"The rule for {rule.pattern!r} changes nothing.", "give it keep, bits, group_size or symmetric"
+            f"The rule for {rule.pattern!r} changes nothing.",
+            f"give it {', '.join(('keep', *names[:-1]))} or {names[-1]}",
         )
     if rule.keep and rule.settings():
         raise RuleError(
@@ -110,7 +147,7 @@ def _check(rule: Rule) -> None:
         )
 
 
-def _apply(rule: Rule, before: Decision) -> Decision:
+def _apply(rule: AnyRule, before: Decision) -> Decision:
     """The decision after one more rule."""
     if rule.keep:
         return Decision(keep=True, reason=f"rule {rule.pattern!r}")
@@ -120,7 +157,7 @@ def _apply(rule: Rule, before: Decision) -> Decision:
     return Decision(before.keep, before.reason, settings, before.by_default)
 
 
-def _check_effect(rule: Rule, decisions: dict[str, Decision]) -> None:
+def _check_effect(rule: AnyRule, decisions: dict[str, Decision]) -> None:
     """Refuse settings that reach only weights that stay kept: they would be silently ignored."""
     if not rule.settings():
         return
@@ -129,5 +166,5 @@ def _check_effect(rule: Rule, decisions: dict[str, Decision]) -> None:
         raise RuleError(
             f"The rule for {rule.pattern!r} sets {', '.join(rule.settings())}, but every weight it matches is kept "
             f"({reached[0].reason}).",
-            "add keep=False to the rule to quantize them after all",
+            "add keep=False to the rule to compress them after all",
         )

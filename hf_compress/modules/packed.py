@@ -57,6 +57,12 @@ class Layout:
             return (self.shape[0], *self.kernel)
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A canonical weight in the module's own orientation: a view, the inverse of `results.canonical`."""
+        if self.kernel:
+            return weight.view(self.parameter_shape)
+        return weight.transpose(-1, -2) if self.transposed else weight
+
     def __deepcopy__(self, memo: dict[int, object]) -> Layout:
         return self
 
@@ -99,12 +105,14 @@ class PackedTensor:
         named = zip(PACKED_SUFFIXES, values, strict=True)
         return {suffix: value for suffix, value in named if value is not None}
 
+    def clone(self) -> PackedTensor:
+        """The same in memory of its own."""
+        own = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **own)
+
     def dense(self) -> Tensor:
         """The dense parameter, in the scale's data type and the module's own orientation."""
-        weight = dequantize(self)
-        if self.layout.kernel:
-            return weight.view(self.layout.parameter_shape)
-        return weight.transpose(-1, -2) if self.layout.transposed else weight
+        return self.layout.oriented(dequantize(self))
 
     def part(self, index: int | slice) -> PackedTensor:
         """One expert of fused experts or some of them, or some rows."""

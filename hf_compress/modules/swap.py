@@ -84,10 +84,10 @@ class PackedModule(nn.Module):
         return self
 
 
-class PackedRecurrent(PackedModule):
-    """Packed `nn.LSTM`, `nn.GRU` and `nn.RNN`, which read their weights from a list that they keep in step.
+class FlatWeights(nn.Module):
+    """For `nn.LSTM`, `nn.GRU` and `nn.RNN`, which read their weights from a list that they keep in step.
 
-    The list is made when it is read, of lazy weights; kept, it would hold the dense ones.
+    The list is made when it is read, of what the module's attributes give then; kept, it would hold the parameters.
     """
 
     _flat_weights_names: list[str]
@@ -107,7 +107,16 @@ class PackedRecurrent(PackedModule):
         """Nothing to keep in step."""
 
     def flatten_parameters(self) -> None:
-        """Packed weights are not laid out for cuDNN."""
+        """What the attributes give is not laid out for cuDNN."""
+
+    def drop_flat_weights(self) -> None:
+        """Let go of the list that the original class has kept."""
+        vars(self).pop("_flat_weights", None)
+        vars(self)["_flat_weight_refs"] = []
+
+
+class PackedRecurrent(FlatWeights, PackedModule):
+    """Packed `nn.LSTM`, `nn.GRU` and `nn.RNN`, on lazy weights."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward on dequantized weights, or the same step by step where inputs are quantized."""
@@ -174,14 +183,13 @@ def pack_module(module: nn.Module, name: str, packed: PackedTensor) -> None:
         name: Name of the parameter, such as `weight` or `gate_up_proj`.
         packed: The packed weight.
     """
-    base = _original(type(module))
+    base = original_class(type(module))
     layouts = {**vars(module).get("hfc_layouts", {}), name: packed.layout}
     del module._parameters[name]
     module.__class__ = _packed_class(base, tuple(layouts))  # type: ignore[arg-type] # nn.Module is hashable
     vars(module).update(hfc_layouts=layouts, hfc_kernel=None, _is_hf_initialized=True)
     if isinstance(module, PackedRecurrent):  # else its lists would keep the dense weights alive
-        vars(module).pop("_flat_weights", None)
-        vars(module)["_flat_weight_refs"] = []
+        module.drop_flat_weights()
     for suffix, value in packed.parts().items():
         module.register_buffer(f"{name}_{suffix}", value)
 
@@ -213,7 +221,7 @@ def unpack_module(module: PackedModule) -> None:
         for suffix in PACKED_SUFFIXES:
             module._buffers.pop(f"{name}_{suffix}", None)
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
-    base = _original(type(module))
+    base = original_class(type(module))
     for name in ("hfc_layouts", "hfc_kernel", "hfc_shared"):
         vars(module).pop(name, None)
     object.__setattr__(module, "__class__", base)
@@ -241,16 +249,16 @@ def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
     """The subclass of `base` whose attributes `names` are packed."""
     properties = {name: property(_reader(name)) for name in names}
     kind = PackedRecurrent if issubclass(base, nn.RNNBase) else PackedModule
-    facts = {"hfc_base": base, "hfc_input": _first_parameter(base), "__module__": base.__module__}
+    facts = {"hfc_base": base, "hfc_input": first_parameter(base), "__module__": base.__module__}
     return type(base.__name__, (kind, base), {**properties, **facts})
 
 
-def _first_parameter(kind: type[nn.Module]) -> str:
+def first_parameter(kind: type[nn.Module]) -> str:
     """The name of the first parameter of a class's forward, or empty."""
     return next(itertools.islice(inspect.signature(kind.forward).parameters, 1, None), "")
 
 
-def _original(kind: type[nn.Module]) -> type[nn.Module]:
+def original_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class before packing."""
     return vars(kind).get("hfc_base", kind)
 

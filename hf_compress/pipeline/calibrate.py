@@ -61,6 +61,7 @@ def calibrate_source(
     architecture: type[PreTrainedModel],
     results: Callable[[Plan], Results],
     progress: Progress | None = None,
+    owned: bool = False,
 ) -> PreTrainedModel:
     """Calibrate and quantize the model of an id or directory, one dense block in memory at a time.
 
@@ -72,6 +73,7 @@ def calibrate_source(
         results: Where finished blocks are kept, and found again by a run that goes on from them; made from the plan
             once it tells which data is used.
         progress: Called with the number of weights done and the number planned.
+        owned: Whether the model's packed weights are copies of the results, which may be gone afterwards.
 
     Returns:
         The packed model.
@@ -85,7 +87,8 @@ def calibrate_source(
     made, finished = _calibrate(source, plan, config, data, results, progress)
 
     def find(row: PlanRow, value: Tensor) -> tuple[PackedTensor, float | None]:
-        return finished.packed[row.name], finished.sqnr[row.name]
+        packed = finished.packed[row.name]
+        return (packed.clone() if owned else packed), finished.sqnr[row.name]
 
     model = load_source(architecture, model_id, quantization_config=ResultRequest(made, find))
     set_changed(model, finished.changed)

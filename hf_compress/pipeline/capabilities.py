@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import ConfigError, CorruptCheckpointError, nearest
-from ..core.registry import METHODS
+from ..core.registry import untrained
 
 FILE = Path(__file__).resolve().parent.parent / "capabilities.json"
 """The probed data."""
@@ -127,8 +127,8 @@ class Capabilities(BaseModel):
         Raises:
             ConfigError: There is none of that name.
         """
-        if method is not None and method not in METHODS.names():
-            _known("recipe or method", method, [*(one.name for one in self.recipes), *METHODS.names()])
+        if method is not None and method not in untrained():
+            _known("recipe or method", method, [*(one.name for one in self.recipes), *untrained()])
         recipes = tuple(one for one in self.recipes if method in (None, one.name, one.method))
         families = tuple(one for one in self.families if family in (None, one.name, one.architecture))
         if not families:

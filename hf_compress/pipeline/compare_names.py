@@ -11,6 +11,7 @@ from typing import Any
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..apply.planning import refuse_trained
 from ..core.config import QuantConfig
 from ..core.errors import ConfigError
 from ..evaluation.comparison import ORIGINAL
@@ -26,7 +27,7 @@ def named_configs(configs: object) -> dict[str, QuantizationConfigMixin]:
         configs: A mapping from names, or a sequence.
 
     Raises:
-        ConfigError: There is none, one is no configuration, or a name can't be that of a directory.
+        ConfigError: There is none, one is no configuration or trains, or a name can't be that of a directory.
     """
     if isinstance(configs, Mapping):
         pairs: list[tuple[object, object]] = list(configs.items())
@@ -38,6 +39,8 @@ def named_configs(configs: object) -> dict[str, QuantizationConfigMixin]:
     for name, config in pairs:
         if not isinstance(config, QuantizationConfigMixin):
             raise ConfigError(f"configs has a {type(config).__name__}, which is no configuration.", _EXAMPLE)
+        if isinstance(config, QuantConfig):
+            refuse_trained(config)
         named[unique_name(config_name(config), named) if name is None else _checked(name, named)] = config
     if not named:
         raise ConfigError("There is no configuration to compare.", _EXAMPLE)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..apply.packing import pack_weight
-from ..apply.planning import check_config, plan_model
+from ..apply.planning import check_config, plan_model, refuse_trained
 from ..apply.swapping import announce
 from ..calibration.block import Finished
 from ..calibration.results import Results
@@ -82,6 +82,8 @@ def compress(
             f"compress works from disk to disk, got a live {type(model_id).__name__}.",
             "pass its id or directory, or use hf_compress.quantize and hf_compress.save",
         )
+    if isinstance(request, QuantConfig):
+        refuse_trained(request)
     tidy(target)
     check_output(target, overwrite)
     model_config(model_id)

@@ -1,4 +1,8 @@
-"""What happens inside `from_pretrained`: plan before the weights, pack while they come, hand over at the end."""
+"""What happens inside `from_pretrained`: plan before the weights, pack while they come, hand over at the end.
+
+Methods that train pack nothing: the model stays dense, is prepared once the weights are there, and forgets the
+request, so that a Trainer takes it and every checkpoint is a plain one.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from transformers import PreTrainedModel
 from ..apply.packing import pack_weight, with_results
 from ..apply.planning import plan_model
 from ..apply.swapping import announce, complete, swap_all
+from ..checkpoint.handover import forget_quantization
 from ..checkpoint.load import ReadRequest
 from ..checkpoint.session import LoadSession, release_ties
 from ..core.config import QuantConfig
@@ -17,11 +22,11 @@ from .calibrate import ResultRequest, calibrate_live
 
 
 class DeferredSession(LoadSession):
-    """A load that packs nothing: calibration needs the dense model first.
+    """A load that packs nothing: calibration, or training, needs the dense model first.
 
     Args:
         plan: The plan to carry out once the weights are there.
-        request: The request, with the data.
+        request: The request, with the data where there is any.
     """
 
     def __init__(self, plan: Plan, request: QuantConfig) -> None:
@@ -45,7 +50,7 @@ def start(model: PreTrainedModel, request: QuantConfig | ReadRequest | ResultReq
         return request.session(model)
     plan = plan_model(model, request)
     announce(plan)
-    if request.spec.needs_data:
+    if request.spec.needs_data or request.spec.prepare is not None:
         return DeferredSession(plan, request)
     release_ties(model, plan)
 
@@ -62,6 +67,10 @@ def finish(model: PreTrainedModel, session: LoadSession) -> None:
         HFCompressError: A weight could not be quantized or was missing.
     """
     if isinstance(session, DeferredSession):
+        if session.request.spec.prepare is not None:
+            session.request.spec.prepare(model, session.plan, session.request.fields)
+            forget_quantization(model)
+            return
         plan, finished = calibrate_live(model, session.plan, session.request, session.progress)
         swap_all(model, plan, finished)
         return

@@ -8,6 +8,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ..apply.planning import refuse_trained
 from ..calibration.data import check_data
 from ..checkpoint.proof import HEADROOM
 from ..core.config import QuantConfig
@@ -55,6 +56,8 @@ def preflight(model_or_id: nn.Module | str | Path, config: Request, min_coverage
         HFCompressError: The plan is refused; the code says why.
     """
     live = isinstance(model_or_id, nn.Module)
+    if isinstance(config, QuantConfig):
+        refuse_trained(config)
     plan, model = plan_request(model_or_id, config, min_coverage)
     changed = [row for row in plan.rows if row.quantization is not None or row.backend is not None]
     rest = sum(value.numel() * value.element_size() for value in model.parameters()) - sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from ..apply.packing import pack_weight
-from ..apply.planning import check_config, plan_model
+from ..apply.planning import check_config, plan_model, refuse_trained
 from ..apply.swapping import announce, check_range, complete, swap_all
 from ..calibration.block import Finished
+from ..calibration.results import Results
+from ..checkpoint.results_store import passing_store
 from ..checkpoint.stock import load_source
 from ..core.config import Calibration, QuantConfig
 from ..core.errors import CalibrationError, ConfigError, UnsupportedModelError
 from ..core.plan import Plan
 from ..core.weights import kept_in_float32
 from .backends import backend_of, quantize_stock
-from .calibrate import calibrate_live, calibrate_source, memory_results
+from .calibrate import calibrate_live, calibrate_source
 from .planning import Request, meta_model, model_class, model_config, plan_request
 
 Progress = Callable[[int, int], None]
@@ -58,6 +61,7 @@ def quantize(
     if not isinstance(config, QuantConfig) and backend_of(config) is not None:
         return _quantize_by_library(model_or_id, config, calibration, progress, min_coverage)
     check_config(config, min_coverage)
+    refuse_trained(config)
     config = with_calibration(config, calibration)
     if isinstance(model_or_id, nn.Module):
         return _quantize_live(model_or_id, config, progress)
@@ -65,7 +69,12 @@ def quantize(
     if config.spec.needs_data:
         made = plan_model(meta_model(model_or_id), config)
         announce(made)
-        return calibrate_source(model_or_id, made, config, architecture, memory_results, progress)
+        with ExitStack() as places:
+
+            def results(plan: Plan) -> Results:
+                return places.enter_context(passing_store(plan))
+
+            return calibrate_source(model_or_id, made, config, architecture, results, progress, owned=True)
     request = copy(config)
     request.progress = progress
     return load_source(architecture, model_or_id, quantization_config=request)

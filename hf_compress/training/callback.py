@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,13 +17,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..apply.planning import is_quantized
-from ..core.errors import AlreadyQuantizedError, LossError, TrainerError
+from ..core.errors import AlreadyQuantizedError, LossError, ResumeError, TrainerError
 from .state import Section, read_section, write_section
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_STATE = "trainer_state.json"
+
+logger = logging.getLogger(__name__)
 
 
 class CompressionCallback(TrainerCallback):
@@ -59,6 +65,7 @@ class CompressionCallback(TrainerCallback):
                 f"{type(model).__name__} is quantized already, and packed weights can't be trained.",
                 "start from the original model",
             )
+        _refuse_compiled(model)
         self.insert(model)
         self._prepared = weakref.ref(model)
 
@@ -94,9 +101,14 @@ class CompressionCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Prepare the model: the Trainer is built, the optimizer not yet made, no checkpoint read."""
+        """Prepare the model: the Trainer is built, the optimizer not yet made, no checkpoint read.
+
+        Raises:
+            TrainerError: The model is compiled or will be sharded, or several devices get copies of it in one process.
+        """
         if model is not None:
-            self.prepare(bare(model))
+            refuse_sharded(type(self).__name__, args, model)
+            self.prepare(model)
 
     def on_train_begin(
         self,
@@ -115,8 +127,8 @@ class CompressionCallback(TrainerCallback):
         """
         if model is None:
             raise TrainerError("The Trainer has no model.", "pass model=... to the Trainer")
-        refuse_sharded(type(self).__name__)
         name = type(self).__name__
+        refuse_sharded(name, args, bare(model))
         if self._prepared is None:
             raise TrainerError(
                 f"{name} was added after the Trainer had been built, too late to prepare the model.",
@@ -124,12 +136,16 @@ class CompressionCallback(TrainerCallback):
             )
         if not self.is_prepared(bare(model)):
             raise TrainerError(
-                f"The Trainer trains another model than the one that {name} has prepared, as model_init makes it.",
-                f"call {name}.prepare(model) inside of model_init, before it returns the model",
+                f"The Trainer trains another model than the one that {name} has prepared: model_init has made a new "
+                "one, or another Trainer has the same callback.",
+                "call prepare(model) of the callback inside of model_init, before it returns the model; a callback of "
+                "its own for each Trainer",
             )
         section = None
         if state.global_step:
-            section = read_section(self._folder(args, state), self.name, self.settings(), state.global_step)
+            folder = self.resume_from or _checkpoint(args, state)
+            _check_same_run(folder, state, name)
+            section = read_section(folder, self.name, self.settings(), state.global_step)
         self.begin(bare(model), state, section)
 
     def on_pre_optimizer_step(
@@ -156,15 +172,22 @@ class CompressionCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put our section into the checkpoint that was just written."""
+        """Put our section into the checkpoint that was just written.
+
+        Raises:
+            WriteError: The disk is full. The checkpoint is whole but for our section.
+        """
+        if model is None or not args.should_save:
+            return
         folder = _checkpoint(args, state)
-        if model is None or not state.is_world_process_zero or not folder.is_dir():
+        if not folder.is_dir():
+            logger.warning(
+                "There is no %s, as in a hyperparameter search, so %s keeps no state: that trial can't be resumed.",
+                folder,
+                type(self).__name__,
+            )
             return
         write_section(folder, self.name, Section(self.settings(), state.global_step, self.tensors(bare(model))))
-
-    def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """The checkpoint that training is resumed from."""
-        return self.resume_from or _checkpoint(args, state)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -180,35 +203,88 @@ def bare(model: nn.Module) -> nn.Module:
     return model if inner is None else bare(inner)
 
 
-def refuse_sharded(name: str) -> None:
-    """Refuse to train sharded parameters.
+def _check_same_run(folder: Path, state: TrainerState, name: str) -> None:
+    """Refuse a checkpoint of the right step but of another run, as an output directory that was used before has.
+
+    Two runs are told apart by what they have logged.
 
     Raises:
-        TrainerError: The run uses FSDP, DeepSpeed or Megatron, whose parameters are pieces or copies of the model's.
+        ResumeError: It isn't the one that the Trainer has resumed from.
+    """
+    fix = f'{name}(..., resume_from="PATH") with the path that trainer.train(resume_from_checkpoint=...) gets'
+    try:
+        logged = TrainerState.load_from_json(str(folder / _STATE)).log_history
+    except (OSError, ValueError, TypeError) as error:
+        raise ResumeError(f"{folder} is no checkpoint of the Trainer ({type(error).__name__}).", fix) from None
+    if json.dumps(logged) != json.dumps(state.log_history[: len(logged)]):  # as text: NaN is not equal to itself
+        raise ResumeError(f"{folder} belongs to another run than the checkpoint that training is resumed from.", fix)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Refuse a model that torch.compile has seen, whose parts go by other names or run code made before.
+
+    Raises:
+        TrainerError: It is compiled; says where.
+    """
+    for path, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise TrainerError(
+                f"{path or 'The model'} is compiled already, and has to be prepared before.",
+                "leave torch.compile out and pass TrainingArguments(torch_compile=True)",
+            )
+
+
+def refuse_sharded(name: str, args: TrainingArguments | None = None, model: nn.Module | None = None) -> None:
+    """Refuse to train pieces or copies of parameters.
+
+    Args:
+        name: Of what can't work with them, for the message.
+        args: The Trainer's arguments, which tell before accelerate does.
+        model: The model, whose parameters may be sharded from the start.
+
+    Raises:
+        TrainerError: The run uses FSDP, DeepSpeed, Megatron, tensor parallelism or `nn.DataParallel`.
     """
     kind = AcceleratorState().distributed_type if is_initialized() else DistributedType.NO
-    if kind in _SHARDED:
+    found = [kind.value] if kind in _SHARDED else []
+    if args is not None:
+        asked = {"FSDP": args.fsdp, "DeepSpeed": args.deepspeed, "nn.DataParallel": args.n_gpu > 1}
+        found += [what for what, given in asked.items() if given]
+    if model is not None and any(_is_sharded(value) for value in model.parameters()):
+        found.append("tensor parallelism")
+    if found:
         raise TrainerError(
-            f"{name} works on whole weights; {kind.value} trains pieces or copies of them.",
-            "train with DDP: accelerate launch --multi_gpu, without a sharding plugin",
+            f"{name} works on whole weights; {found[0]} trains pieces or copies of them.",
+            "train with DDP: accelerate launch --multi_gpu, without a sharding plugin; or on one device",
         )
+
+
+def _is_sharded(value: Tensor) -> bool:
+    """Whether a parameter is a DTensor; there is none where the module was never imported."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(value, vars(loaded).get("DTensor", ()))
 
 
 def check_gradients(model: nn.Module, step: int) -> None:
     """Refuse to take a step with gradients that are not finite.
 
-    A loss that is NaN or infinite makes all of them so; looking at the one-dimensional ones costs nothing.
+    A loss that is NaN or infinite makes all of them so; looking at the one-dimensional ones costs next to nothing.
 
     Raises:
         LossError: One is not finite.
     """
-    for name, gradient in _small_gradients(model):
-        if not bool(torch.isfinite(gradient).all()):
-            raise LossError(
-                f"The gradient of {name} is NaN or infinite after {step} optimizer steps: so is the loss. The weights "
-                "are those of the last step, checkpoints are untouched.",
-                "lower the learning rate, or look for the batch that causes it",
-            )
+    small = list(_small_gradients(model))
+    if not small:
+        return
+    finite = torch.stack([torch.isfinite(gradient).all().to(small[0][1].device) for _, gradient in small])
+    if bool(finite.all()):  # one look for all: each makes a GPU wait
+        return
+    name = small[finite.tolist().index(False)][0]
+    raise LossError(
+        f"The gradient of {name} is NaN or infinite after {step} optimizer steps: so is the loss. The weights are "
+        "those of the last step, checkpoints are untouched.",
+        "lower the learning rate, or look for the batch that causes it",
+    )
 
 
 def _small_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

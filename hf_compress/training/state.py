@@ -47,19 +47,24 @@ def write_section(folder: Path, name: str, section: Section) -> None:
         name: Name of the section, without dots.
         section: Its content.
 
+    What an earlier run has left there is replaced where it is damaged.
+
     Raises:
         WriteError: The disk is full or not writable.
     """
     file = folder / FILE
-    tensors, heads = _read(file) if file.is_file() else ({}, {})
+    tensors, heads = _others(file)
     kept = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
     kept |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in section.tensors.items()}
     heads[name] = {"config": dict(section.config), "step": section.step}
     partial = file.with_suffix(".partial")
     with disk_errors(file):
-        save_file(kept, partial, metadata={_KEY: json.dumps(heads, sort_keys=True)})
-        sort_metadata(partial)
-        partial.replace(file)
+        try:
+            save_file(kept, partial, metadata={_KEY: json.dumps(heads, sort_keys=True)})
+            sort_metadata(partial)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_section(folder: Path, name: str, config: Mapping[str, Any], step: int) -> Section:
@@ -101,6 +106,14 @@ def read_section(folder: Path, name: str, config: Mapping[str, Any], step: int) 
     return Section(before, step, own)
 
 
+def _others(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the file holds, or nothing where there is none or it is damaged."""
+    try:
+        return _read(file) if file.is_file() else ({}, {})
+    except CorruptCheckpointError:
+        return {}, {}
+
+
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors and the heads of all sections.
 
@@ -113,9 +126,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = load_file(file)
     except (KeyError, ValueError, OSError, SafetensorError) as error:
         raise CorruptCheckpointError(f"{file} is damaged: {error!r}.", "resume from another checkpoint") from None
-    if not isinstance(heads, dict) or not all(
-        isinstance(head, dict) and {"config", "step"} <= set(head) for head in heads.values()
-    ):
+    if not isinstance(heads, dict) or not all(_is_head(head) for head in heads.values()):
         raise CorruptCheckpointError(f"{file} holds no state of ours.", "resume from another checkpoint")
     return tensors, heads
 

@@ -87,6 +87,12 @@ FUNCTIONS = {
     "compressed_tensors.compressors:BaseCompressor.get_value_from_registry": ("name",),
     "compressed_tensors.compressors:BaseCompressor.compress": ("state_dict", "scheme"),
     "compressed_tensors.compressors:ModelCompressor.remove_decompression_hook": ("model",),
+    # training/distillation/
+    "transformers:Trainer.compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "transformers:Trainer.get_tp_size": (),
+    "transformers:Wav2Vec2ForCTC._get_feat_extract_output_lengths": ("input_lengths",),
+    "transformers:ParakeetForCTC._get_subsampling_output_length": ("input_lengths",),
+    "transformers:BartForConditionalGeneration.prepare_decoder_input_ids_from_labels": ("labels",),
     # integrations/optimum_cli.py
     "optimum.commands.base:BaseOptimumCLICommand.parse_args": ("parser",),
     "optimum.commands.base:CommandInfo.__init__": ("name", "help"),

@@ -26,6 +26,7 @@ from . import (
     error_cases_config,
     error_cases_files,
     error_cases_models,
+    error_cases_training,
     error_cases_use,
 )
 from .error_cases import Arena, Case, CommandFailed, Library, fingerprint, tree
@@ -37,6 +38,7 @@ CASES: tuple[Case, ...] = (
     *error_cases_use.CASES,
     *error_cases_backends.CASES,
     *error_cases_calibration.CASES,
+    *error_cases_training.CASES,
 )
 
 NOT_PROVOKED = {

@@ -94,7 +94,17 @@ def uniform_grid(
         dtype: The weight's data type.
     """
     scale, zero_point = calculate_qparams(low.float(), high.float(), args)
-    narrow = args.scale_dtype or dtype
-    stored = scale.to(narrow).to(dtype)
-    stored = torch.where(stored == 0, max(torch.finfo(narrow).tiny, torch.finfo(dtype).tiny), stored)
+    stored = stored_scale(scale, args.scale_dtype or dtype, dtype)
     return stored, None if args.symmetric else zero_point.to(torch.int8)
+
+
+def stored_scale(scale: Tensor, narrow: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """A scale as it will be stored, never zero.
+
+    Args:
+        scale: float32, positive.
+        narrow: The type whose values it is limited to, by the format.
+        dtype: The weight's data type, that of the result.
+    """
+    stored = scale.to(narrow).to(dtype)
+    return torch.where(stored == 0, max(torch.finfo(narrow).tiny, torch.finfo(dtype).tiny), stored)

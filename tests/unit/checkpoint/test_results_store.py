@@ -15,7 +15,14 @@ import hf_compress as hfc
 from hf_compress.apply.packing import pack_weight
 from hf_compress.apply.planning import plan_model
 from hf_compress.calibration.block import Finished
-from hf_compress.checkpoint.results_store import MANIFEST, Signature, open_store, remove_store, signature_of
+from hf_compress.checkpoint.results_store import (
+    MANIFEST,
+    Signature,
+    open_store,
+    passing_store,
+    remove_store,
+    signature_of,
+)
 from hf_compress.checkpoint.shards import safetensors_files
 from hf_compress.core.errors import OutputExistsError
 from hf_compress.core.plan import Plan
@@ -73,6 +80,36 @@ def test_what_is_put_is_found_again(name: str, tmp_path: Path) -> None:
     assert torch.equal(behind["hidden.0"], state["hidden.0"])
     remove_store(tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_passing_store_keeps_results_out_of_memory_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    plan, finished = _finished(CONFIGS["symmetric"])
+    with passing_store(plan) as store:
+        kept = store.put("0", finished, {"hidden.0": torch.ones(2)})
+        assert store.state("0") is None
+        assert [file.suffix for file in tmp_path.rglob("*") if file.is_file()] == [".safetensors"]
+        copies = {name: packed.clone() for name, packed in kept.packed.items()}
+    assert list(tmp_path.iterdir()) == []
+    assert all(_same(copies[name], packed) for name, packed in finished.packed.items())
+
+
+def test_a_quantized_id_leaves_nothing_in_the_temporary_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_dir("llama", tmp_path / "source")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    data = hfc.Calibration([list(range(5, 69))] * 8, sequence_length=64, min_rows=1, min_tokens=1)
+    config = hfc.GPTQQuantConfig(bits=4, group_size=32, calibration=data)
+    streamed = hfc.quantize(source, config)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    live = hfc.quantize(type(tiny("llama")).from_pretrained(source), config)
+    found, wanted = streamed.state_dict(), live.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def test_states_are_forgotten_once_the_next_block_is_safe(tmp_path: Path) -> None:

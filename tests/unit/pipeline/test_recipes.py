@@ -14,7 +14,7 @@ from hatchling.builders.wheel import WheelBuilder
 import hf_compress as hfc
 from hf_compress.core.config import QuantConfig
 from hf_compress.core.errors import ConfigError
-from hf_compress.core.registry import METHODS
+from hf_compress.core.registry import untrained
 from hf_compress.pipeline.recipes import FOLDER, LARGEST, load_config, recipe_names
 from tests._utils.tiny import tiny
 
@@ -51,7 +51,7 @@ def test_a_packaged_recipe_says_when_and_what_it_costs_and_plans_a_model(name: s
 
 
 def test_every_method_has_a_recipe() -> None:
-    assert {load_config(name).method for name in recipe_names()} == set(METHODS.names())
+    assert {load_config(name).method for name in recipe_names()} == set(untrained())
 
 
 def test_the_link_at_the_top_shows_the_packaged_recipes() -> None:

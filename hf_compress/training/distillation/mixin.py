@@ -1,0 +1,167 @@
+"""Distillation for any Trainer: one method overridden, nothing copied."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from ...core.errors import ConfigError, TrainerError
+from ..callback import bare
+from .callback import DistillationCallback, DistillationState
+from .config import DistillationConfig
+from .distiller import Distiller
+from .tasks import without_adapters
+from .teacher import without_labels
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class DistillationMixin(_Base):
+    """Lets the student of a Trainer learn from a teacher.
+
+    To be put in front of `Trainer`, `Seq2SeqTrainer`, or a Trainer of another package: `class Mine(DistillationMixin,
+    Seq2SeqTrainer)`. While the student trains, the loss is what `DistillationConfig` says; evaluation computes the
+    task's own, so that `eval_loss` compares with that of a run without a teacher. The teacher sees the rows that the
+    student sees, in its own data type, without gradients; it is no part of the student, of its checkpoints, of its
+    optimizer or of what DDP wraps.
+
+    All losses are sums over what has a label, divided by the number of labels of the whole optimizer step, so they
+    don't depend on padding or on how the step is split into batches. That also holds for the task's own loss of models
+    that ignore `num_items_in_batch`. Where the Trainer can't count labels, as for answers to questions or rows without
+    labels, each batch counts by its own mean; so it does with `compute_loss_func`, whose loss is taken as it is.
+
+    Args:
+        *args: Of the Trainer.
+        teacher: The teacher, of any type, quantized or not; it is moved to the student's device.
+        distillation: What the student learns of it; None takes the defaults.
+        teacher_tokenizer: The teacher's tokenizer; None takes the one beside its weights, if any.
+        **kwargs: Of the Trainer.
+
+    Raises:
+        TeacherError: There is no teacher, or the student can't learn from it: it has another vocabulary, other labels,
+            or shares weights with the student.
+        TrainerError: A `DistillationCallback` would count the loss twice, or the Trainer uses `nn.DataParallel`.
+        UnsupportedModelError: Layers are to be compared, but can't be found.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        distillation: DistillationConfig | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.distiller = Distiller(teacher, distillation, teacher_tokenizer)
+        super().__init__(*args, **kwargs)
+        if any(isinstance(one, DistillationCallback) for one in self.callback_handler.callbacks):
+            raise TrainerError(
+                "There are two teachers: this Trainer's, and that of a DistillationCallback.",
+                "leave the callback out",
+            )
+        self._kept = DistillationState(self.distiller)
+        self.add_callback(self._kept)
+        self._kept.on_init_end(  # which it has missed
+            self.args, self.state, self.control, model=self.model, processing_class=self.processing_class
+        )
+        self.distiller.teacher.model = self.accelerator.prepare_model(
+            self.distiller.teacher.model, evaluation_mode=True
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, and tell where a checkpoint lies that is not in `output_dir`.
+
+        Args:
+            resume_from_checkpoint: Of the Trainer's own method.
+            *args: The same.
+            **kwargs: The same.
+
+        Raises:
+            ResumeError: The checkpoint was written with another configuration or teacher, or by another Trainer.
+        """
+        given = isinstance(resume_from_checkpoint, str | os.PathLike)
+        self._kept.resume_from = Path(resume_from_checkpoint) if given else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The loss of a batch; in training, with the teacher's share.
+
+        Args:
+            model: The student, with what accelerate has put around it.
+            inputs: Forward arguments with labels.
+            return_outputs: Whether to return the student's outputs, too.
+            num_items_in_batch: Labels of the whole optimizer step.
+            **kwargs: Of the Trainer's own method.
+
+        Returns:
+            A scalar, or the scalar and the outputs.
+
+        Raises:
+            LossError: The teacher's outputs hold NaN.
+        """
+        if not model.training:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        batch = dict(inputs)  # the Trainer takes labels out of the one that it is given
+        scaled = self._counts_as_scaled(num_items_in_batch)
+        items = num_items_in_batch if scaled else None
+        with self.distiller.watching(model, self.distiller.teacher.model) as watched:
+            task, outputs = self._of_the_student(model, dict(inputs), num_items_in_batch, **kwargs)
+            taught = self.distiller.teach(model, batch, self.label_names)
+        mean = None if self.compute_loss_func is not None else task
+        steps = self.current_gradient_accumulation_steps if scaled and items is None else 1
+        loss = self.distiller.loss(model, outputs, taught, batch, mean, items, steps, watched)
+        if items is not None and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # DDP takes the mean over processes
+        if mean is None and task is not None:
+            loss = loss + (1 - self.distiller.config.alpha) * task
+        return (loss, outputs) if return_outputs else loss
+
+    def _of_the_student(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None, **kwargs: Any
+    ) -> tuple[Tensor | None, Any]:
+        """The task's own loss and the student's outputs; no loss where it would count for nothing.
+
+        Raises:
+            ConfigError: There is nothing to compute the task's loss from.
+        """
+        if self.distiller.config.alpha == 1:
+            plain = without_adapters(bare(model))
+            return None, model(**without_labels(plain, inputs, self.label_names))
+        if not self.can_return_loss and not any(name in inputs for name in (*self.label_names, "labels")):
+            raise ConfigError(
+                f"alpha={self.distiller.config.alpha} takes a share of the task's own loss, but the batch holds no "
+                f"labels: {', '.join(inputs)}.",
+                "add labels, or learn from the teacher only: DistillationConfig(alpha=1.0)",
+            )
+        own = num_items_in_batch if self.compute_loss_func is not None else None
+        made: tuple[Tensor, Any] = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=own, **kwargs
+        )
+        return made
+
+    def _counts_as_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the Trainer takes a loss as one of the whole optimizer step, and doesn't divide it further."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(counted or self.compute_loss_func is not None)
+
+
+class DistillationTrainer(DistillationMixin, Trainer):
+    """A `Trainer` whose model learns from a teacher; see `DistillationMixin`."""

@@ -1,0 +1,387 @@
+"""What the outputs of each kind of model mean: which of them count, and how far a student's are from a teacher's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_CTC_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from ...calibration.padding import key_mask, mask_names, row_count
+from ...core.errors import TeacherError, TrainerError, UnsupportedModelError
+from .config import DistillationConfig, Task
+from .losses import LOWEST, Divergence
+
+IGNORED = -100
+"""A label that doesn't count."""
+
+Outputs = Mapping[str, Any]
+
+_POOLED = ("sentence_embedding", "text_embeds", "image_embeds", "pooler_output")
+_BY_LOSS: dict[str | None, Task] = {
+    "ForCTC": "ctc",
+    "ForMaskedLM": "masked_lm",
+    "ForTokenClassification": "token_classification",
+}
+_BY_CLASS: tuple[tuple[Mapping[str, Any], Task], ...] = (
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal_lm"),
+    (MODEL_FOR_CTC_MAPPING_NAMES, "ctc"),
+    (MODEL_FOR_MASKED_LM_MAPPING_NAMES, "masked_lm"),
+    (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "token_classification"),
+)
+
+
+@runtime_checkable
+class _CountsFrames(Protocol):
+    """A speech model that tells how many frames it makes of a sound."""
+
+    def _get_feat_extract_output_lengths(self, input_lengths: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class _CountsSubsampled(Protocol):
+    """The same under the other name that transformers has for it."""
+
+    def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a student's outputs are from a teacher's, not yet divided by anything.
+
+    Attributes:
+        total: Sum over what counts, a scalar, float32 or wider.
+        items: What it is to be divided by, for each row, int64; counted as the Trainer counts labels.
+    """
+
+    total: Tensor
+    items: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The outputs of both models for one batch.
+
+    Attributes:
+        student: The student's outputs.
+        teacher: The teacher's.
+        batch: Forward arguments with the labels.
+        model: The student, without wrappers.
+        config: The configuration.
+        size: Leading entries of the vocabulary that both models know; None where they have the same.
+    """
+
+    student: Outputs
+    teacher: Outputs
+    batch: Mapping[str, Any]
+    model: nn.Module
+    config: DistillationConfig
+    size: int | None = None
+
+    def logits(self, name: str = "logits") -> tuple[Tensor, Tensor]:
+        """Logits of student and teacher, of equal shape but for entries beyond `size`.
+
+        Raises:
+            TrainerError: The student returns none.
+            TeacherError: The teacher's have another shape.
+        """
+        own, other = self.student.get(name), self.teacher.get(name)
+        if not isinstance(own, Tensor):
+            raise TrainerError(
+                f"{type(self.model).__name__} returned no {name}, only {', '.join(self.student)}.",
+                "train without use_liger_kernel, or choose the task that fits: DistillationConfig(task=...)",
+            )
+        if not isinstance(other, Tensor):
+            raise TeacherError(f"The teacher returned no {name}, only {', '.join(self.teacher)}.", _SAME_HEAD)
+        if own.shape[:-1] != other.shape[:-1] or (self.size is None and own.shape != other.shape):
+            raise TeacherError(
+                f"The student's {name} have the shape {tuple(own.shape)}, the teacher's {tuple(other.shape)}.",
+                _SAME_HEAD,
+            )
+        return own, other.to(own.device)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels, where there are any."""
+        found = self.batch.get("labels")
+        return found if isinstance(found, Tensor) else None
+
+
+_SAME_HEAD = "take a teacher with the student's head, which reads the same inputs"
+
+
+def task_of(model: nn.Module, outputs: Outputs, labels: Tensor | None) -> Task:
+    """The task, told from a model's class and outputs.
+
+    Args:
+        model: The student, without wrappers.
+        outputs: Its outputs.
+        labels: Its labels, where there are any.
+
+    Raises:
+        UnsupportedModelError: It can't be told.
+    """
+    if "start_logits" in outputs and "end_logits" in outputs:
+        return "question_answering"
+    logits = outputs.get("logits")
+    if not isinstance(logits, Tensor):
+        if "last_hidden_state" in outputs or any(name in outputs for name in _POOLED):
+            return "embeddings"
+    elif logits.ndim == 2:
+        return _row_task(model, logits, labels)
+    elif logits.ndim == 3 and isinstance(model, PreTrainedModel):
+        found = _token_task(model)
+        if found is not None:
+            return found
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else "no tensor"
+    raise UnsupportedModelError(
+        f"The task of {type(model).__name__} can't be told: it returns {', '.join(outputs)}; logits: {shape}.",
+        'name it, for example DistillationConfig(task="token_classification")',
+    )
+
+
+def _row_task(model: nn.Module, logits: Tensor, labels: Tensor | None) -> Task:
+    """The task of a model with one set of logits per row, as transformers' own loss tells it."""
+    kind = model.config.problem_type if isinstance(model, PreTrainedModel) else None
+    if kind == "regression" or logits.shape[-1] == 1:
+        return "regression"
+    if kind == "multi_label_classification":
+        return "multi_label"
+    several = kind is None and labels is not None and labels.is_floating_point() and labels.shape == logits.shape
+    return "multi_label" if several else "classification"
+
+
+def _token_task(model: PreTrainedModel) -> Task | None:
+    """The task of a model with logits for each token."""
+    if model.config.is_encoder_decoder:
+        return "seq2seq_lm"
+    name = type(model).__name__
+    known = next((task for names, task in _BY_CLASS if name in names.values()), None)
+    if known is not None:
+        return known
+    loss: str | None = model.loss_type
+    return "causal_lm" if LOSS_MAPPING.get(loss) is ForCausalLMLoss else _BY_LOSS.get(loss)
+
+
+def compare(pair: Pair) -> Outcome:
+    """How far a student's outputs are from a teacher's, by the task's own rules.
+
+    Raises:
+        HFCompressError: The outputs don't fit together, or the task can't be told.
+    """
+    task = pair.config.task
+    if task == "auto":
+        task = task_of(pair.model, pair.student, pair.labels)
+    return _RULES[task](pair if task in _OVER_VOCABULARY else replace(pair, size=None))
+
+
+def _classes(pair: Pair) -> Outcome:
+    """One class per row."""
+    own, other = pair.logits()
+    counted = _labelled(pair, own[..., 0])
+    return _diverge(pair, own, other, counted)
+
+
+def _labels(pair: Pair) -> Outcome:
+    """Several labels per row: the divergence of each sigmoid, which is a softmax over the logit and 0."""
+    own, other = pair.logits()
+    counted = _labelled(pair, own)
+    pairs = [torch.stack((value, torch.zeros_like(value)), dim=-1) for value in (own, other)]
+    return _diverge(pair, pairs[0], pairs[1], counted)
+
+
+def _values(pair: Pair) -> Outcome:
+    """Numbers: the squared error."""
+    own, other = pair.logits()
+    apart = (_wide(own) - _wide(other)).square()
+    counted = _labelled(pair, own)
+    return Outcome((apart * counted).sum(), counted.flatten(1).sum(dim=1))
+
+
+def _spans(pair: Pair) -> Outcome:
+    """Start and end of an answer: distributions over the tokens of a row, without padding."""
+    kept = _own_mask(pair)
+    totals = []
+    for name in ("start_logits", "end_logits"):
+        own, other = pair.logits(name)
+        if kept is not None:
+            own, other = (value.masked_fill(~kept, _lowest(value)) for value in (own, other))
+        rows = torch.arange(len(own), device=own.device)
+        totals.append(Divergence.of(pair.config)(own, other, rows).sum())
+    return Outcome((totals[0] + totals[1]) / 2, torch.ones(len(own), dtype=torch.int64, device=own.device))
+
+
+def _tokens(pair: Pair) -> Outcome:
+    """A distribution for each token that has a label; for each that is no padding, where no row has labels."""
+    own, other = pair.logits()
+    return _diverge(pair, own, other, _labelled(pair, own[..., 0], _own_mask(pair)))
+
+
+def _next_tokens(pair: Pair) -> Outcome:
+    """A distribution for each token whose successor has a label; for each that has a successor, without labels."""
+    own, other = pair.logits()
+    shifted = pair.batch.get("shift_labels")
+    if isinstance(shifted, Tensor):
+        labels: Tensor | None = shifted
+    else:
+        labels = None if pair.labels is None else _successors(pair.labels, IGNORED)
+    if labels is not None:
+        return _diverge(pair, own, other, _counted(labels, own[..., 0]))
+    kept = _own_mask(pair)
+    kept = torch.ones_like(own[..., 0], dtype=torch.bool) if kept is None else kept
+    return _diverge(pair, own, other, kept & _successors(kept, False))
+
+
+def _frames(pair: Pair) -> Outcome:
+    """A distribution for each frame of a sound, the blank included; divided by the labels, as a CTC loss per label."""
+    own, other = pair.logits()
+    kept = _frame_mask(pair, own.shape[1])
+    kept = torch.ones_like(own[..., 0], dtype=torch.bool) if kept is None else kept.to(own.device)
+    made = _diverge(pair, own, other, kept)
+    if pair.labels is None:
+        return made
+    return Outcome(made.total, (pair.labels != IGNORED).sum(dim=1).to(own.device))
+
+
+def _vectors(pair: Pair) -> Outcome:
+    """One embedding per row."""
+    own, other = (_wide(_embedding(pair, outputs)) for outputs in (pair.student, pair.teacher))
+    other = other.to(own.device)
+    if own.shape != other.shape:
+        raise TeacherError(
+            f"The student's embeddings have {own.shape[-1]} features, the teacher's {other.shape[-1]}.",
+            "learn from its hidden states, which are projected: alpha=0.0, hidden=HiddenConfig()",
+        )
+    if pair.config.embedding == "cosine":
+        apart = 1 - torch.cosine_similarity(own, other, dim=-1)
+    else:
+        apart = (own - other).square().mean(dim=-1)
+    return Outcome(apart.sum(), torch.ones(len(own), dtype=torch.int64, device=own.device))
+
+
+_RULES: dict[Task, Callable[[Pair], Outcome]] = {
+    "classification": _classes,
+    "multi_label": _labels,
+    "regression": _values,
+    "token_classification": _tokens,
+    "question_answering": _spans,
+    "masked_lm": _tokens,
+    "causal_lm": _next_tokens,
+    "seq2seq_lm": _tokens,
+    "ctc": _frames,
+    "embeddings": _vectors,
+}
+_OVER_VOCABULARY: tuple[Task, ...] = ("masked_lm", "causal_lm", "seq2seq_lm")
+
+
+def _diverge(pair: Pair, own: Tensor, other: Tensor, counted: Tensor) -> Outcome:
+    """The divergence where it counts: logits with one dimension more than the mask."""
+    counted = counted.to(own.device)
+    rows = counted.reshape(-1).nonzero().squeeze(1)
+    kind = Divergence.of(pair.config, pair.size)
+    values = kind(own.reshape(-1, own.shape[-1]), other.reshape(-1, other.shape[-1]), rows)
+    return Outcome(values.sum(), counted.reshape(len(counted), -1).sum(dim=1))
+
+
+def _labelled(pair: Pair, like: Tensor, otherwise: Tensor | None = None) -> Tensor:
+    """Which of some values have a label; without labels, those that `otherwise` says, or all."""
+    if pair.labels is not None:
+        return _counted(pair.labels, like)
+    return torch.ones_like(like, dtype=torch.bool) if otherwise is None else otherwise.to(like.device)
+
+
+def _counted(labels: Tensor, like: Tensor) -> Tensor:
+    """Which labels count, in the shape of what they belong to.
+
+    Raises:
+        TrainerError: There are more or fewer of them.
+    """
+    if labels.numel() != like.numel():
+        raise TrainerError(
+            f"There are labels of the shape {tuple(labels.shape)}, but the logits, classes left out, have the shape "
+            f"{tuple(like.shape)}.",
+            "check the data, or name the task: DistillationConfig(task=...)",
+        )
+    return labels.reshape(like.shape).to(like.device) != IGNORED
+
+
+def _successors(values: Tensor, last: int | bool) -> Tensor:
+    """What follows each token; `last` after the last one."""
+    return torch.nn.functional.pad(values[..., 1:], (0, 1), value=last)
+
+
+def _own_mask(pair: Pair) -> Tensor | None:
+    """Which tokens are no padding, of what the outputs belong to."""
+    name, _ = mask_names(pair.model, pair.batch)
+    mask = pair.batch.get(name)
+    return key_mask(mask, row_count(pair.batch)) if isinstance(mask, Tensor) else None
+
+
+def _frame_mask(pair: Pair, frames: int) -> Tensor | None:
+    """Which frames are no padding: rows × frames, by the model's own arithmetic; None without a mask."""
+    mask = pair.batch.get("attention_mask")
+    if not isinstance(mask, Tensor):
+        return None
+    heard = mask.sum(dim=-1)
+    if isinstance(pair.model, _CountsFrames):
+        lengths = pair.model._get_feat_extract_output_lengths(heard)
+    elif isinstance(pair.model, _CountsSubsampled):
+        lengths = pair.model._get_subsampling_output_length(heard)
+    else:
+        raise UnsupportedModelError(
+            f"{type(pair.model).__name__} doesn't tell how many frames it makes of a sound, so padding can't be left "
+            "out.",
+            "use rows of equal length without attention_mask",
+        )
+    return torch.arange(frames, device=mask.device) < lengths.to(mask.device).unsqueeze(1)
+
+
+def _embedding(pair: Pair, outputs: Outputs) -> Tensor:
+    """The embedding of each row.
+
+    Raises:
+        TeacherError: The outputs hold none.
+    """
+    if pair.config.pooling == "pooled":
+        found = next((outputs[name] for name in _POOLED if isinstance(outputs.get(name), Tensor)), None)
+    else:
+        found = outputs.get("last_hidden_state")
+    if not isinstance(found, Tensor):
+        raise TeacherError(
+            f"The outputs {', '.join(outputs)} hold no embedding of the kind pooling={pair.config.pooling!r}.",
+            'pooling="mean"' if pair.config.pooling == "pooled" else 'pooling="pooled"',
+        )
+    if found.ndim != 3:  # one vector per row, or a convolutional model's channels × height × width
+        return found.flatten(2).mean(dim=2) if found.ndim > 3 else found
+    kept = _own_mask(pair)
+    if kept is None or kept.shape != found.shape[:2]:
+        return found.mean(dim=1)
+    kept = kept.to(found.device).unsqueeze(-1)
+    return torch.where(kept, found, found.new_zeros(())).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """A value in float32, or in float64 where it is."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _lowest(value: Tensor) -> float:
+    """What stands for minus infinity in logits of some type."""
+    return max(LOWEST, torch.finfo(value.dtype).min)
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model inside of PEFT's wrapper."""
+    peft = sys.modules.get("peft")
+    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
