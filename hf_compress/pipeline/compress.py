@@ -75,15 +75,12 @@ def compress(
         WeightValueError, CalibrationError: Weights or data are refused; results of this call are deleted.
         HFCompressError: Others of `quantize` and `save`; what was finished stays for the next call.
     """
-    target = output_path(out)
-    request = load_config(config) if isinstance(config, str | Path) else config
+    target, request = output_path(out), _request(config)
     if isinstance(model_id, nn.Module):
         raise UnsupportedModelError(
             f"compress works from disk to disk, got a live {type(model_id).__name__}.",
             "pass its id or directory, or use hf_compress.quantize and hf_compress.save",
         )
-    if isinstance(request, QuantConfig):
-        refuse_trained(request)
     tidy(target)
     check_output(target, overwrite)
     model_config(model_id)
@@ -98,6 +95,18 @@ def compress(
         return save(quantize(model_id, request, calibration, progress), target, **options)
     check_config(request)
     return _streamed(model_id, with_calibration(request, calibration), target, files, progress, options)
+
+
+def _request(config: Request | str | Path) -> Request:
+    """What is asked for, out of a recipe if it is one.
+
+    Raises:
+        ConfigError: The recipe is not valid, or the method trains.
+    """
+    request = load_config(config) if isinstance(config, str | Path) else config
+    if isinstance(request, QuantConfig):
+        refuse_trained(request)
+    return request
 
 
 def partial_directory(out: Path) -> Path:

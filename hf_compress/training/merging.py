@@ -136,19 +136,25 @@ def _with_inputs(made: Quantized, before: PackedTensor) -> Quantized:
 def merge_by_library(path: str, layer: Any, foreign: Foreign, seen: Tensor | None) -> Merging:
     """A layer of bitsandbytes or torchao, merged on trial by PEFT."""
     base = layer.get_base_layer()
-    before = _library_values(base)
+    before = _library_values(base, foreign)
     merged = before + sum(layer.get_delta_weight(name).float() for name in active(layer))
     clone = _twin(base, foreign)
     merge(_around(layer, clone), path)
     if "state" in vars(clone):  # of 8-bit layers: still holds the old scales, until the next forward
         clone.state.SCB = None
-    told = LayerMerge(path, foreign.label, _norm(_library_values(clone) - merged, seen), _norm(merged - before, seen))
+    told = LayerMerge(
+        path, foreign.label, _norm(_library_values(clone, foreign) - merged, seen), _norm(merged - before, seen)
+    )
     return Merging(told, layer, base)
 
 
-def _library_values(base: nn.Module) -> Tensor:
+def _library_values(base: Any, foreign: Foreign) -> Tensor:
     """The dense weight of a layer of bitsandbytes or torchao, float32, rows × columns."""
-    made: Tensor = require("peft.utils.integrations").dequantize_module_weight(base)
+    if foreign.library == "bitsandbytes":
+        tools = require("peft.utils.integrations")
+        made: Tensor = tools.dequantize_bnb_weight(base.weight, state=vars(base).get("state"))
+    else:
+        made = base.weight.dequantize()
     return made.detach().float()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from hf_compress.core.errors import TrainerError
 from hf_compress.training.distillation.config import DistillationConfig
 from hf_compress.training.distillation.mixin import DistillationTrainer
 from hf_compress.training.pruning.callback import PruningCallback
@@ -116,13 +117,17 @@ def main(folder: Path) -> None:
     rank = trainer.args.process_index
     kept = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
     save_file(kept, folder / f"rank-{rank}.safetensors")
-    seen = {
+    seen: dict[str, Any] = {
         "processes": trainer.args.world_size,
         "saves": trainer.args.should_save,
         "wrapped": sum(isinstance(one, nn.parallel.DistributedDataParallel) for one in gc.get_objects()),
         "student_wrapped": isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
+    try:
+        trainer_of(folder / "sharded", INT4, fsdp=True)
+    except TrainerError as error:
+        seen["refusal"] = str(error)
     (folder / f"rank-{rank}.json").write_text(json.dumps(seen))
 
 

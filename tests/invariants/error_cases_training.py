@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +133,9 @@ def other_vocabulary(arena: Arena) -> Act:
 def merging(arena: Arena) -> Act:
     """An adapter that changes less than a step of a 2-bit grid."""
     base = hfc.quantize(tiny("llama"), hfc.RTNQuantConfig(bits=2, group_size=32))
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated property
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_B" in name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -22,6 +22,9 @@ from .config import DistillationConfig
 from .distiller import Distiller
 from .tasks import Outputs, without_adapters
 from .teacher import without_labels
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 class DistillationState(CompressionCallback):
@@ -86,12 +89,13 @@ class DistillationState(CompressionCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Check the student also where it is another one than at first, as `model_init` makes it."""
         if model is not None:
             self.prepare(bare(model))
-        super().on_train_begin(args, state, control, model, **kwargs)
+        super().on_train_begin(args, state, control, model, optimizer, **kwargs)
 
     def on_pre_optimizer_step(
         self,
@@ -151,6 +155,7 @@ class DistillationCallback(DistillationState):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Put the teacher beside the student, and add the hooks.
@@ -158,7 +163,7 @@ class DistillationCallback(DistillationState):
         Raises:
             TrainerError: The Trainer would compute the loss itself.
         """
-        super().on_train_begin(args, state, control, model, **kwargs)
+        super().on_train_begin(args, state, control, model, optimizer, **kwargs)
         if args.label_smoothing_factor:
             raise TrainerError(
                 f"With label_smoothing_factor={args.label_smoothing_factor} the Trainer computes the loss itself.",

@@ -148,6 +148,6 @@ class Distiller:
 
 def _mean(model: nn.Module, loss: Tensor, items: Tensor) -> Tensor:
     """The task's own loss as a mean over its items; that of CTC may be a sum."""
-    summed = isinstance(model, PreTrainedModel) and "CTC" in type(model).__name__
-    summed = summed and model.config.to_dict().get("ctc_loss_reduction") == "sum"
-    return loss / items if summed else loss
+    if not isinstance(model, PreTrainedModel) or "CTC" not in type(model).__name__:
+        return loss
+    return loss / items if model.config.to_dict().get("ctc_loss_reduction") == "sum" else loss

@@ -300,7 +300,7 @@ class _Session:
         if self.trains and not torch.is_grad_enabled():
             raise TrainerError(
                 f"Gradient checkpointing hides {path}: with use_reentrant=True it runs without gradients.",
-                'gradient_checkpointing_kwargs={"use_reentrant": False}',
+                'activation_checkpointing_kwargs={"use_reentrant": False}',
             )
 
     def put_hidden(self, place: Place, value: Tensor) -> None:
@@ -312,23 +312,31 @@ class _Session:
     def watch_attention(self, place: Place) -> None:
         """Collect what makes queries, keys and values returns."""
         found = self.layers.attention(place)
-        calls: list[None] = []
+        path = self.layers.block(place)
+        reads: list[torch.Size] = []
 
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            calls.append(None)
-            if len(calls) > 1:
-                raise _repeated(self.layers.block(place), "relations")
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if reads:
+                raise _repeated(path, "relations")
+            reads.append(first_tensor((*args, *kwargs.values())).shape[:-1])
 
         def keeper(name: str) -> Callable[..., None]:
             def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if (place, name) in self.seen.projected:
                     return  # DeBERTa makes keys once more, of its relative positions, after those of the tokens
                 self.check_gradients(f"{found.path}.{name}")
-                self.seen.projected[place, name] = first_tensor(output)
+                value = first_tensor(output)
+                if value.shape[:-1] != reads[0]:  # Longformer's has tokens first, Swin's windows
+                    raise UnsupportedModelError(
+                        f"{found.path}.{name} makes {list(value.shape)} where {path} reads {list(reads[0])} rows and "
+                        "tokens, so which is which can't be told.",
+                        "leave these losses out: relations=None",
+                    )
+                self.seen.projected[place, name] = value
 
             return keep
 
-        self.handles.append(self.module(self.layers.block(place)).register_forward_pre_hook(enter))
+        self.handles.append(self.module(path).register_forward_pre_hook(enter, with_kwargs=True))
         owner = self.module(found.path)
         for name in found.layers:
             self.handles.append(owner.get_submodule(name).register_forward_hook(keeper(name)))

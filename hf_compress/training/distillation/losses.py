@@ -7,7 +7,6 @@ computes each chunk anew and writes it straight into the gradient.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +56,7 @@ class Divergence:
         Returns:
             One value for each of `rows`, float32, or float64 where the logits are.
         """
-        made: Tensor = _Chunked.apply(student, teacher.detach(), rows, self)
+        made: Tensor = _Chunked.apply(student, teacher.detach(), rows, self)  # type: ignore[no-untyped-call]
         return made
 
     def value(self, q: Tensor, p: Tensor) -> Tensor:
@@ -66,8 +65,9 @@ class Divergence:
             return (p.exp() * (p - q)).sum(-1)
         if self.teacher_share == 1:
             return (q.exp() * (q - p)).sum(-1)
-        m = self._mixture(q, p)
-        theirs, own = (p.exp() * (p - m)).sum(-1), (q.exp() * (q - m)).sum(-1)
+        own, theirs = q.exp(), p.exp()
+        m = self._mixture(own, theirs)
+        theirs, own = (theirs * (p - m)).sum(-1), (own * (q - m)).sum(-1)
         return self.teacher_share * theirs + (1 - self.teacher_share) * own
 
     def slope(self, q: Tensor, p: Tensor) -> Tensor:
@@ -78,14 +78,15 @@ class Divergence:
         """
         if self.teacher_share == 0:
             return q.exp().sub_(p.exp())
-        other = p if self.teacher_share == 1 else self._mixture(q, p)
-        g, probability = q - other, q.exp()
+        probability = q.exp()
+        g = q - (p if self.teacher_share == 1 else self._mixture(probability, p.exp()))
         g.sub_((probability * g).sum(-1, keepdim=True)).mul_(probability)
         return g if self.teacher_share == 1 else g.mul_(1 - self.teacher_share)
 
-    def _mixture(self, q: Tensor, p: Tensor) -> Tensor:
-        """The logarithm of share · p + (1 - share) · q."""
-        return torch.logaddexp(p + math.log(self.teacher_share), q + math.log1p(-self.teacher_share))
+    def _mixture(self, own: Tensor, theirs: Tensor) -> Tensor:
+        """The logarithm of the mixture of two distributions; not of 0, where both are 0."""
+        m = (1 - self.teacher_share) * own
+        return m.add_(theirs, alpha=self.teacher_share).clamp_(min=torch.finfo(m.dtype).tiny).log_()
 
     def log_probabilities(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Logarithms of the softened distributions of some rows, float32 or float64."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from .tasks import without_adapters
 from .teacher import without_labels
 
 if TYPE_CHECKING:
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
@@ -86,8 +85,8 @@ class DistillationMixin(_Base):
         Raises:
             ResumeError: The checkpoint was written with another configuration or teacher, or by another Trainer.
         """
-        given = isinstance(resume_from_checkpoint, str | os.PathLike)
-        self._kept.resume_from = Path(resume_from_checkpoint) if given else None
+        given = not isinstance(resume_from_checkpoint, bool) and resume_from_checkpoint is not None
+        self._kept.resume_from = Path(str(resume_from_checkpoint)) if given else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(

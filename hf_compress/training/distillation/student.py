@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin
 
 from ...apply.planning import is_quantized
 from ...calibration.modes import MISFITS
@@ -26,7 +27,7 @@ from .features import block_stacks
 Choice: TypeAlias = int | Sequence[int] | Literal["every_other"]
 """Blocks of a stack: how many, which, or every second one from the first on."""
 
-_PLACE = re.compile(r"idx|index|layer_id|layer_number|drop")
+_PLACE = re.compile(r"idx|index|layer_id|layer_number|drop|seed")
 """In names of settings that follow from a block's place, and change with it."""
 
 
@@ -203,12 +204,13 @@ def _change(model: PreTrainedModel, config: PreTrainedConfig, cuts: Sequence[Cut
         for name in _fields(one, cut.count):
             for lists in _lists(one, cut):
                 _set(one, {name: len(cut.kept), **lists})
+                _number_stages(one, cut)
                 problem = _problem(model, config, cuts)
                 if problem == "":
                     _follow(model, config, one, cuts)
                     return
                 said = f"with {name}={len(cut.kept)}, {problem}" if problem is not None else said
-                _set(one, {key: before[key] for key in (name, *lists)})
+                vars(one).update(before)
     raise UnsupportedModelError(
         f"{type(model).__name__} can't be cut at {cut.path} to the blocks {listed(map(str, cut.kept), 24)}: {said}.",
         "keep other blocks, or load a smaller model of this architecture as the student",
@@ -246,6 +248,13 @@ def _set(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
     """Set fields."""
     for name, value in values.items():
         setattr(config, name, value)
+
+
+def _number_stages(config: PreTrainedConfig, cut: Cut) -> None:
+    """Name the blocks of a vision backbone, such as DINOv2, that gives the last one's output, as its users expect."""
+    if isinstance(config, BackboneConfigMixin) and config.out_indices == [cut.count]:
+        config.stage_names = config.stage_names[: len(cut.kept) + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
 
 
 def _follow(model: PreTrainedModel, config: PreTrainedConfig, one: PreTrainedConfig, cuts: Sequence[Cut]) -> None:
@@ -328,6 +337,8 @@ def _other_settings(built: nn.Module, model: nn.Module, cuts: Sequence[Cut], bor
     modules = dict(model.named_modules())
     for path, module in built.named_modules():
         if not any(cut.holds(path) for cut in cuts) or any(name.startswith(f"{path}.") for name in borrowed):
+            continue
+        if _PLACE.search(path.rpartition(".")[2]):
             continue
         source = _source(path, cuts)
         if source not in modules or type(modules[source]) is not type(module):

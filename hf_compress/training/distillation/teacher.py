@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,7 +55,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer or tokenizer_beside(model)
         self.plain = without_adapters(bare(model))
-        self._arguments, self._takes_more = _arguments(type(self.plain))
+        self._arguments, self._takes_more = _arguments(type(self.plain).forward)
         self._reach = _setting(self.plain, "max_position_embeddings")
 
     def __call__(self, batch: Mapping[str, Any], student: nn.Module) -> Outputs:
@@ -69,7 +69,7 @@ class Teacher:
             TeacherError: The rows are longer than it can read, or it returns no named outputs.
         """
         self._check_length(batch)
-        known, _ = _arguments(type(student))
+        known, _ = _arguments(type(student).forward)
         given = {name: value for name, value in batch.items() if self._takes(name, known)}
         if "use_cache" in self._arguments:
             given["use_cache"] = False
@@ -274,8 +274,8 @@ def _setting(model: nn.Module, name: str) -> Any:
 
 
 @functools.cache
-def _arguments(kind: type[nn.Module]) -> tuple[frozenset[str], bool]:
-    """Names of the arguments of the forward of a class, and whether it takes further ones."""
-    parameters = inspect.signature(kind.forward).parameters.values()
+def _arguments(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """Names of the arguments of a class's forward, and whether it takes further ones."""
+    parameters = inspect.signature(forward).parameters.values()
     named = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
     return frozenset(named), any(one.kind is one.VAR_KEYWORD for one in parameters)

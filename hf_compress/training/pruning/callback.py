@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import GradientState
@@ -24,6 +24,9 @@ from .report import PruningReport, count_zeros, model_size
 from .resume import ambiguous, masks_of
 from .schedule import Schedule
 from .targets import Target, check_targets, find_targets
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ class PruningCallback(CompressionCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Refuse what can't work, and take up a checkpoint's state.
@@ -103,7 +107,7 @@ class PruningCallback(CompressionCallback):
                 "With fp16=True steps are skipped when its loss scale is too large, which movement scores can't know.",
                 'bf16=True, or method="magnitude"',
             )
-        super().on_train_begin(args, state, control, model=model, **kwargs)
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
 
     def begin(self, model: nn.Module, state: TrainerState, section: Section | None) -> None:
         """Resolve the schedule, and prune for the first time or take up what a checkpoint holds.

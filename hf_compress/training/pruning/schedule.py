@@ -72,10 +72,7 @@ class Schedule:
             size = self._config.group[1]
             return [round(value * size) * count // size for value, count in zip(sparsities, sizes, strict=True)]
         if self._config.scope == "global":
-            total, made = count_of(sparsities[0], sum(sizes)), []
-            for count in sizes:
-                made.append(min(count, total - sum(made)))
-            return made
+            return [count_of(sparsities[0], sum(sizes)), *(0 for _ in sizes[1:])]
         return [count_of(value, count) for value, count in zip(sparsities, sizes, strict=True)]
 
     def _at(self, final: float, step: int | None) -> float:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -25,6 +25,9 @@ from .convert import convert as convert_model
 from .convert import unseen_inputs
 from .modules import commit_ranges, fake_modules, insert_fake_quant, set_phase
 from .norms import freeze_norms, release_norms
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +126,11 @@ class QATCallback(CompressionCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Refuse what can't work, resolve the schedule, and warn of a best model that may be a float one."""
-        super().on_train_begin(args, state, control, model=model, **kwargs)
+        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
         if args.load_best_model_at_end and self._moments[0] > state.global_step:
             logger.warning(
                 "Evaluations before step %d measure the float model, and load_best_model_at_end may choose one of "

@@ -74,7 +74,7 @@ class QATFields(UniformFields):
     def _after_start(cls, freeze: int | float, info: ValidationInfo) -> int | float:
         """Refuse to freeze before the start, where both are steps or both fractions; the rest is seen in training."""
         start = info.data.get("start")
-        if type(start) is type(freeze) and start is not None and freeze < start:
+        if type(start) is type(freeze) and freeze < start:
             raise ConfigError(f"freeze={freeze} comes before start={start}.", f"freeze={start}, or an earlier start")
         return freeze
 

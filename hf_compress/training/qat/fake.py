@@ -32,7 +32,9 @@ def fake_weight(weight: Tensor, args: QuantizationArgs) -> Tensor:
     """
     scale, zero_point = weight_grid(weight, args)
     limit = 2 ** (args.num_bits - 1)
-    return _Rounded.apply(_grouped(weight, args), *_spread(scale, zero_point), limit).view(weight.shape)
+    grid = _spread(scale, zero_point)
+    made: Tensor = _Rounded.apply(_grouped(weight, args), *grid, limit)  # type: ignore[no-untyped-call]
+    return made.view(weight.shape)
 
 
 def fake_learned(weight: Tensor, args: QuantizationArgs, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -50,7 +52,9 @@ def fake_learned(weight: Tensor, args: QuantizationArgs, scale: Tensor, zero_poi
     """
     limit = 2 ** (args.num_bits - 1)
     narrow = args.scale_dtype or weight.dtype
-    return _Learned.apply(_grouped(weight, args), *_spread(scale, zero_point), limit, narrow).view(weight.shape)
+    grid = _spread(scale, zero_point)
+    made: Tensor = _Learned.apply(_grouped(weight, args), *grid, limit, narrow)  # type: ignore[no-untyped-call]
+    return made.view(weight.shape)
 
 
 def fake_input(value: Tensor, scale: Tensor, zero_point: Tensor | None, clipped: bool) -> Tensor:
@@ -65,7 +69,8 @@ def fake_input(value: Tensor, scale: Tensor, zero_point: Tensor | None, clipped:
     Returns:
         The value's shape, in the scale's data type.
     """
-    return _RoundedInput.apply(value, scale, zero_point, clipped)
+    made: Tensor = _RoundedInput.apply(value, scale, zero_point, clipped)  # type: ignore[no-untyped-call]
+    return made
 
 
 @torch.no_grad()
@@ -132,7 +137,7 @@ class _Rounded(torch.autograd.Function):
         return _values(_codes(values, scale, zero_point, limit), scale, zero_point)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return grads[0], None, None, None
 
 
@@ -149,7 +154,7 @@ class _Learned(torch.autograd.Function):
         return _values(_codes(values, stored, zero_point, limit), stored, zero_point)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         values, scale, *rest = ctx.saved_tensors
         (grad,), limit, zero_point = grads, ctx.limit, rest[0] if rest else None
         steps = _steps(values, stored_scale(scale, ctx.narrow, values.dtype), zero_point)
@@ -181,7 +186,7 @@ class _RoundedInput(torch.autograd.Function):
         return _values(codes, scale, zero_point)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         if not ctx.clipped:
             return grads[0], None, None, None
         (inside,) = ctx.saved_tensors

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -414,7 +414,7 @@ def _zeros(module: FakeQuantized, parameter: str) -> Tensor | None:
     return module._buffers.get(_extra(parameter, "zero_point"))
 
 
-def _range(module: FakeQuantized) -> Sequence[Tensor]:
+def _range(module: FakeQuantized) -> list[Tensor]:
     """The range of a module's input, so far."""
     return [_tensor(module._buffers, name) for name in (LOW, HIGH)]
 

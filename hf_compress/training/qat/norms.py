@@ -31,7 +31,7 @@ def freeze_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and not isinstance(module, FrozenNorm):
-            module.__class__ = _frozen_class(type(module))  # type: ignore[assignment]
+            module.__class__ = _frozen_class(type(module))  # type: ignore[assignment, arg-type]
             module.eval()
 
 

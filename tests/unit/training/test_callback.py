@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -277,7 +277,8 @@ def test_sharding_that_accelerate_tells_of(
     kind: DistributedType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(tmp_path, Watching())  # which has made the state
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
+    assert AcceleratorState().distributed_type == kind
     with pytest.raises(TrainerError, match=f"whole weights; {kind.value}"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
     with pytest.raises(TrainerError, match="without a sharding plugin"):

@@ -24,7 +24,11 @@ from tests._utils.tiny import output, tiny, tiny_dir, tiny_inputs
 from tests.conformance.helpers import plan_of, reference_logits, relative, same_states
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.touches_rng  # adapters draw when they are made
+pytestmark = [
+    pytest.mark.touches_rng,  # adapters draw when they are made
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT's
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set:UserWarning"),
+]
 
 SMALL, LARGE = 0.001, 0.3
 """Of an adapter's B; a step of the 4-bit grids here is worth about 0.05."""
@@ -76,6 +80,7 @@ def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@torch.no_grad()
 def oracle(layer: Any, inputs: Tensor | None = None) -> tuple[float, float]:
     """Error and effect of merging into a symmetric group-wise layer, in float64, group by group."""
     base, name = layer.get_base_layer(), "default"
@@ -85,14 +90,16 @@ def oracle(layer: Any, inputs: Tensor | None = None) -> tuple[float, float]:
     merged = before + change
     bits, size = held.layout.weights.num_bits, held.layout.weights.group_size
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    stored = merged.float().double()  # what is rounded has the type of the weight
-    new, same = torch.empty_like(stored), torch.empty_like(stored)
+    # Codes are chosen in float32, as they are stored: the largest value of a group is 7.5 steps, a tie that another
+    # last bit would send to the other side.
+    stored = held.dense() + layer.get_delta_weight(name)
+    new, same = torch.empty_like(merged), torch.empty_like(merged)
     for row in range(len(stored)):
         for group in range(stored.shape[1] // size):
             part = slice(group * size, (group + 1) * size)
-            fresh = float(stored[row, part].abs().max() / ((high - low) / 2))
-            for made, scale in ((new, fresh), (same, float(held.scale[row, group]))):
-                made[row, part] = (stored[row, part] / scale).round().clamp(low, high) * scale
+            fresh = stored[row, part].abs().max() / ((high - low) / 2)
+            for made, scale in ((new, fresh), (same, held.scale[row, group])):
+                made[row, part] = ((stored[row, part] / scale).round().clamp(low, high) * scale).double()
     across = torch.eye(merged.shape[1], dtype=torch.float64) if inputs is None else inputs.double()
     errors = [float(torch.linalg.norm(across @ (made - merged).T)) for made in (new, same)]
     return min(errors), float(torch.linalg.norm(across @ change.T))
@@ -247,7 +254,8 @@ def test_kinds_of_lora(options: dict[str, Any]) -> None:
     config = hfc.RTNQuantConfig(bits=8, group_size="channel")
     base = packed("bert-classifier", config)
     inputs = tiny_inputs(base)
-    model = adapted(base, 0.05, **options)
+    plain = output(base, inputs)
+    model = adapted(base, LARGE, **options)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_magnitude_vector" in name or ("lora_B" in name and name.endswith("bias")):
@@ -256,8 +264,8 @@ def test_kinds_of_lora(options: dict[str, Any]) -> None:
                 value += 0.1
     adapter = output(model, inputs)
     merged = merge_adapter(model)
-    assert relative(output(merged, inputs), adapter) < 0.01  # 8 bits: half a step is 0.2 % of a channel's largest
-    assert relative(output(merged, inputs), output(packed("bert-classifier", config), inputs)) > 0.05
+    assert relative(plain, adapter) > 0.003
+    assert relative(output(merged, inputs), adapter) < 0.1 * relative(plain, adapter)
 
 
 def test_two_active_adapters_are_merged_together_and_others_dropped() -> None:
@@ -359,7 +367,8 @@ def test_layers_of_other_libraries(kind: str, small: float, large: float, tmp_pa
     assert 0 < report.ratio < 0.5
     merged = merge_adapter(model)
     by_peft = adapted(library_model(kind, tmp_path), large).merge_and_unload()
-    assert torch.equal(output(merged, inputs), output(by_peft, inputs))
+    # 4-bit scales become bfloat16 in the first forward on some processors: 2^-9 of each, and ours has had one
+    assert relative(output(merged, inputs), output(by_peft, inputs)) <= (0.02 if kind == "nf4" else 0.0)
     assert relative(output(merged, inputs), logits) < 0.2
 
 

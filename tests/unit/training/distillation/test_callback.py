@@ -43,8 +43,9 @@ def with_callback(
     return distilled(folder, case.build(1), None, rows, resume=resume, options=options, callbacks=[callback])
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.0])
-@pytest.mark.parametrize("name", ["sequence", "causal", "answers", "seq2seq", "ctc"])
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("sequence", 0.3), ("causal", 0.3), ("causal", 1.0), ("answers", 0.3), ("seq2seq", 1.0)]
+)
 def test_agrees_with_the_trainer(name: str, alpha: float, tmp_path: Path) -> None:
     case, config = CASES[name], DistillationConfig(alpha=alpha, loss="reverse_kl")
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
@@ -172,6 +173,7 @@ def test_rows_without_labels(tmp_path: Path) -> None:
     assert difference(parameters(ours), parameters(theirs)) == 0.0
 
 
+@pytest.mark.slow
 def test_compiled_student(tmp_path: Path) -> None:
     pytest.importorskip("torch._dynamo")
     options = {"torch_compile": True, "torch_compile_backend": "eager"}

@@ -170,7 +170,7 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
     model = tiny(family, **silent).train()
     loss, gradients = loss_and_gradients(model)
     model = tiny(family, **silent).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     again, others = loss_and_gradients(model)
     assert torch.equal(loss, again)
     for name, gradient in gradients.items():
@@ -181,7 +181,7 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
 
 def test_reentrant_checkpointing_is_refused_where_it_hides_gradients() -> None:
     model = tiny("llama").train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     layers = Layers(model)
     with watching(layers, [(0, 1)], []) as seen:  # blocks are outside of what is checkpointed
@@ -189,6 +189,21 @@ def test_reentrant_checkpointing_is_refused_where_it_hides_gradients() -> None:
     assert seen.hidden_of((0, 1)).requires_grad
     with pytest.raises(TrainerError, match="use_reentrant"), watching(layers, [], [(0, 1)]):
         model(**tiny_inputs(model))
+
+
+def test_layers_that_put_tokens_first_are_refused() -> None:
+    """Longformer's: relations between rows of the batch are not what is wanted."""
+    config = transformers.LongformerConfig(
+        **NARROW, num_attention_heads=4, intermediate_size=64, attention_window=4, max_position_embeddings=64
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.LongformerModel(config).eval()
+    layers = Layers(model)
+    with torch.no_grad(), watching(layers, [(0, 1)], []) as seen:
+        model(torch.full((2, 8), 5))
+    assert seen.hidden_of((0, 1)).shape == (2, 8, HIDDEN)
+    with pytest.raises(UnsupportedModelError, match=r"makes \[8, 2, 64\] where"), watching(layers, [], [(0, 1)]):
+        model(torch.full((2, 8), 5))
 
 
 def test_packed_teachers() -> None:
@@ -271,7 +286,7 @@ def test_plain_modules() -> None:
 
 def test_a_model_without_blocks() -> None:
     with pytest.raises(UnsupportedModelError, match="no ModuleList at all"):
-        Layers(nn.Linear(2, 2))
+        Layers(nn.Linear(2, 2, device="meta"))
 
 
 def test_maps_are_refused() -> None:

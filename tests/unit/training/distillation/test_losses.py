@@ -159,7 +159,7 @@ def test_no_rows_give_a_loss_without_gradient() -> None:
     own.requires_grad_()
     total = Divergence.of(DistillationConfig())(own, other, torch.arange(0)).sum()
     total.backward()
-    assert float(total) == 0
+    assert float(total.detach()) == 0
     assert own.grad is not None
     assert float(own.grad.abs().max()) == 0
 
@@ -219,7 +219,7 @@ def test_memory(name: str) -> None:
         total = loss(own, other, torch.arange(64)).sum()
     forward, kept = seen.count, sum(saved.values())
     with Allocations(size, (own, other)) as seen:
-        total.backward()
+        torch.autograd.grad(total, own)
     if name == "plain":
         assert forward >= 4
         assert kept >= 2 * size

@@ -199,8 +199,8 @@ def test_what_does_not_fit_is_refused() -> None:
         Matching(bert, tiny("bert"), HiddenConfig(layers=((1, 3),)), None)
     with pytest.raises(TeacherError, match="blocks 1 to 2"):
         Matching(bert, tiny("bert"), None, RelationConfig(layers=(1, 3)))
-    with pytest.raises(UnsupportedModelError, match="no list of blocks"):
-        Matching(tiny("encodec"), bert, HiddenConfig(), None)
+    with pytest.raises(UnsupportedModelError, match="No layers for queries, keys and values"):
+        Matching(tiny("resnet"), tiny("resnet"), None, RelationConfig())
     matching = Matching(bert, tiny("bert"), HiddenConfig(), None)
     with pytest.raises(TrainerError, match="compiled"), matching.watching(torch.compile(bert)):  # type: ignore[arg-type]
         pass

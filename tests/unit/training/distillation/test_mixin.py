@@ -42,7 +42,10 @@ from tests.unit.training.distillation.runs import (
     texts,
 )
 
-pytestmark = pytest.mark.touches_rng  # Trainer draws
+pytestmark = [
+    pytest.mark.touches_rng,  # Trainer draws
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT's
+]
 
 
 def outputs(model: PreTrainedModel, batch: Row) -> Any:
@@ -73,19 +76,18 @@ def test_the_loss_is_the_one_written_out(name: str, tmp_path: Path) -> None:
     assert not teacher.training
 
 
-@pytest.mark.parametrize("name", ["sequence", "multi-label", "token", "masked", "causal", "seq2seq", "ctc"])
+@pytest.mark.parametrize("name", ["sequence", "masked", "causal", "ctc"])
 def test_the_split_of_a_step_changes_nothing(name: str, tmp_path: Path) -> None:
-    """1 × 4 = 4 × 1 = 2 × 2, although rows have different numbers of labels."""
+    """1 × 4 = 4 × 1, although rows have different numbers of labels."""
     case = CASES[name]
     rows = [*case.rows()[:3], case.rows()[0]]
     results = []
-    for size in (4, 1, 2):
+    for size in (4, 1):
         split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
         trainer = distilled(tmp_path, case.build(1), case.build(2), rows, options={**split, "max_grad_norm": 0.0})
         results.append((logged(trainer)[0], parameters(trainer)))
-    for loss, values in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-5)  # float32 sums in another order
-        assert difference(values, results[0][1]) < 1e-5
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)  # float32 sums in another order
+    assert difference(results[0][1], results[1][1]) < 1e-5
 
 
 def test_the_side_of_padding_changes_nothing(tmp_path: Path) -> None:
@@ -144,19 +146,18 @@ def test_losses_of_the_trainer_itself(extra: dict[str, Any], tmp_path: Path) -> 
 
     more = {} if extra else {"compute_loss_func": mean}
     losses = {}
-    for alpha in (0.0, 0.5, 1.0):
-        config = DistillationConfig(alpha=alpha)
-        for size in (4, 2):
-            split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
-            trainer = distilled(
-                tmp_path, case.build(1), case.build(2), case.rows(), config, options={**split, **extra}, **more
-            )
-            losses[alpha, size] = logged(trainer)[0]
-    plain = distilled(tmp_path, case.build(1), None, case.rows(), options={**extra, "max_steps": 1}, **more)
-    assert losses[0.0, 4] == pytest.approx(logged(plain)[0], rel=1e-5)
-    for alpha in (0.0, 0.5, 1.0):
-        assert losses[alpha, 2] == pytest.approx(losses[alpha, 4], rel=1e-5)
-    assert losses[0.5, 4] == pytest.approx((losses[0.0, 4] + losses[1.0, 4]) / 2, rel=1e-5)
+    for alpha, size in ((0.0, 4), (0.5, 4), (0.5, 1)):
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+        config, options = DistillationConfig(alpha=alpha), {**split, **extra}
+        trainer = distilled(tmp_path, case.build(1), case.build(2), case.rows(), config, options=options, **more)
+        losses[alpha, size] = logged(trainer)[0]
+    options = {**extra, "max_steps": 1}
+    plain = logged(distilled(tmp_path, case.build(1), None, case.rows(), options=options, **more))[0]
+    config = DistillationConfig(alpha=1.0)
+    taught = logged(distilled(tmp_path, case.build(1), case.build(2), case.rows(), config, options=options, **more))[0]
+    assert losses[0.0, 4] == pytest.approx(plain, rel=1e-5)
+    assert losses[0.5, 4] == pytest.approx((plain + taught) / 2, rel=1e-5)
+    assert losses[0.5, 1] == pytest.approx(losses[0.5, 4], rel=1e-5)
 
 
 class Eager(Trainer):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -61,6 +62,8 @@ def without(model: PreTrainedModel, path: str, kept: tuple[int, ...]) -> PreTrai
     types = vars(copied.config).get("layer_types")
     if types is not None:  # models look masks up by the number of the block
         copied.config.layer_types = [types[index] for index in kept]
+    if "use_cache" in vars(copied.config):
+        copied.config.use_cache = False  # caches are numbered by block
     return copied
 
 
@@ -72,7 +75,10 @@ def stack_of(model: PreTrainedModel, count: int, part: str = "") -> str:
     return next(path for path in lists if part in path)
 
 
-@pytest.mark.parametrize("family", DEEP)
+DRAWS = {"wav2vec2": pytest.param("wav2vec2", marks=pytest.mark.touches_rng)}  # in each forward pass, for LayerDrop
+
+
+@pytest.mark.parametrize("family", [DRAWS.get(family, family) for family in DEEP])
 def test_equals_the_teacher_without_the_other_blocks(family: str, tmp_path: Path) -> None:
     teacher = tiny(family, **DEEP[family])
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -129,6 +135,23 @@ def test_two_towers(tmp_path: Path) -> None:
         assert torch.equal(again(**inputs).logits_per_image, expected)
     with pytest.raises(ConfigError, match="a part of"):
         student_from_teacher(teacher, layers={"encoder": 1})
+
+
+def test_backbones_whose_blocks_have_names(tmp_path: Path) -> None:
+    config = transformers.Dinov2Config(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=16, patch_size=4, num_labels=3
+    )
+    with torch.random.fork_rng(devices=[]):
+        teacher = transformers.Dinov2ForImageClassification(config).eval()
+    student = student_from_teacher(teacher, layers=[0, 2])
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+    expected = output(without(teacher, "dinov2.encoder.layer", (0, 2)), inputs)
+    student.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(output(student, inputs), expected)
+    assert torch.equal(output(again, inputs), expected)
+    assert student.config.stage_names == ["stem", "stage1", "stage2"]
+    assert config.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
 
 
 def test_lists_with_an_entry_per_block_are_cut() -> None:
@@ -237,7 +260,7 @@ def test_other_windows_are_refused_although_shapes_fit() -> None:
 
 def test_no_model_and_quantized_models_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no transformers model"):
-        student_from_teacher(nn.Linear(2, 2), layers=1)  # type: ignore[arg-type]
+        student_from_teacher(nn.Linear(2, 2, device="meta"), layers=1)  # type: ignore[arg-type]
     quantized = hfc.quantize(tiny("llama"), hfc.RTNQuantConfig(bits=8, group_size=32))
     with pytest.raises(AlreadyQuantizedError):
         student_from_teacher(quantized, layers=1)

@@ -111,6 +111,7 @@ def test_frozen_weights_have_no_movement() -> None:
 
 
 @pytest.mark.touches_rng  # adapters draw
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's
 def test_adapters_are_refused() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))

@@ -241,7 +241,7 @@ def test_the_best_model_is_the_one_that_is_packed(tmp_path: Path, caplog: pytest
         "eval_steps": 3,
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
-        "learning_rate": 1e-1,  # so much that the first checkpoint is the best
+        "greater_is_better": True,  # the first of both, which loading has to bring back
         "save_only_model": True,
     }
     model = tiny("bert-classifier")
@@ -251,11 +251,11 @@ def test_the_best_model_is_the_one_that_is_packed(tmp_path: Path, caplog: pytest
         trainer.train()
     assert "Evaluations before step 1 measure the float model" in caplog.text
     best = Path(str(trainer.state.best_model_checkpoint))
+    assert best.name == f"checkpoint-{MIDDLE}"
     again = tiny("bert-classifier")
     QATCallback(QATConfig(**STATIC, start=1)).prepare(again)
     again.load_state_dict(stored(best))
     assert same(state(convert(again)), state(model))
-    assert best.name == f"checkpoint-{MIDDLE}"
 
 
 def test_a_second_training_is_refused_unless_nothing_was_packed(tmp_path: Path) -> None:

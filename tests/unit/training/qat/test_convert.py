@@ -101,6 +101,33 @@ def test_untrained_weights_give_what_rounding_to_nearest_gives(family: str) -> N
     assert same(state(model), state(peer))
 
 
+class Recurrent(torch.nn.Module):
+    """A plain module of a kind of layers that transformers' models rarely have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = torch.nn.LSTM(32, 32, num_layers=2, batch_first=True)
+        self.head = torch.nn.Linear(32, 4)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(values)[0])
+
+
+def test_plain_modules_and_recurrent_layers_are_packed_too() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = Recurrent().eval()
+        values = torch.randn(2, 5, 32)
+    QATCallback(QATConfig(**INT4, learn_scales=True)).prepare(model)
+    with torch.no_grad():
+        before = model(values)
+        assert sorted(name for name in convert(model).state_dict() if name.endswith("_packed")) == [
+            "head.weight_packed",
+            *(f"lstm.weight_{kind}_l{layer}_packed" for kind in ("hh", "ih") for layer in (0, 1)),
+        ]
+        assert torch.equal(model(values), before)
+
+
 def test_a_compiled_model_comes_out_of_its_wrapper() -> None:
     model = prepared("bert-classifier", QATConfig(**INT4))
     compiled: Any = torch.compile(model)
