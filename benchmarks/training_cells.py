@@ -260,7 +260,7 @@ def zeros(model: PreTrainedModel) -> float:
 
 
 LM_BITS, LM_GROUP = 3, 64
-LM_STEPS, LM_BATCH, LM_LENGTH = 130, 4, 128
+LM_STEPS, LM_BATCH, LM_LENGTH = 160, 4, 128
 LM_LEARNING_RATE = 2e-4
 LM_CALIBRATION = (64, 512)
 """Rows and tokens that GPTQ calibrates on."""

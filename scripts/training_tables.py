@@ -44,7 +44,8 @@ LANGUAGE = {"lm rtn/0": "rounded", "lm gptq/0": "GPTQ", "lm qat/0": "trained"}
 SHAPES = {"classifier": "the classifier", "lm": "SmolLM2-135M"}
 CLASSIFIER = (
     "The sentiment classifier (MiniLM), 5,217 training rows; accuracy on {rows:,} held-out tweets and product "
-    "reviews, mean (smallest to largest) over seeds 0–2; divergence is KL(float32 ‖ model) per row. {processor}."
+    "reviews, mean (smallest to largest) over seeds 0–2, or of one; divergence is KL(float32 ‖ model) per row. "
+    "{processor}."
 )
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from math import ceil, prod
+from typing import Any
+from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -107,7 +109,7 @@ class PackedTensor:
 
     def clone(self) -> PackedTensor:
         """The same in memory of its own."""
-        own = {name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        own: dict[str, Any] = {name: one.clone() for name, one in vars(self).items() if isinstance(one, Tensor)}
         return replace(self, **own)
 
     def dense(self) -> Tensor:

@@ -193,7 +193,7 @@ def _base_of(model: object) -> nn.Module:
         raise UnsupportedModelError(
             f"A {type(model).__name__} is no PeftModel.", 'merge_adapter(PeftModel.from_pretrained(model, "adapter"))'
         )
-    base: nn.Module = model.get_base_model()  # type: ignore[attr-defined] # PeftModel is read as Any
+    base: nn.Module = model.get_base_model()
     return base
 
 

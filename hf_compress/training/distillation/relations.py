@@ -105,16 +105,21 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | N
     Returns:
         One value for each row, float32 or wider; 0 for a row without tokens that count.
     """
-    own, other = _relations(student, heads, mask), _relations(teacher, heads, mask)
-    apart = (other.exp() * (other - own)).sum(dim=-1)
-    return row_means(apart.mean(dim=1), mask)
+    own = _relations(student, heads, mask)
+    with torch.no_grad():
+        other = _relations(teacher, heads, mask)
+        weights = other.exp()
+    apart = (weights * (other - own)).sum(dim=-1)
+    return row_means(apart.unflatten(0, (-1, heads)).mean(dim=1), mask)
 
 
 def _relations(value: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    """Logarithms of relations, rows × heads × tokens × tokens."""
+    """Logarithms of relations, (rows · heads) × tokens × tokens."""
     rows, tokens, width = value.shape
-    parts = wide(value).reshape(rows, tokens, heads, width // heads).transpose(1, 2)
-    scores = parts @ parts.transpose(2, 3) / math.sqrt(width // heads)
+    size = width // heads
+    parts = wide(value).reshape(rows, tokens, heads, size).transpose(1, 2).reshape(rows * heads, tokens, size)
+    hidden = parts.new_zeros(rows * heads, 1, tokens)
     if mask is not None:  # not -inf: a product with its probability, 0, would be NaN
-        scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min / 2)
-    return scores.log_softmax(dim=-1)
+        padding = ~mask.repeat_interleave(heads, dim=0).unsqueeze(1)
+        hidden = hidden.masked_fill(padding, torch.finfo(parts.dtype).min / 2)
+    return torch.baddbmm(hidden, parts, parts.transpose(1, 2), alpha=size**-0.5).log_softmax(dim=-1)

@@ -286,15 +286,17 @@ def test_sharding_that_accelerate_tells_of(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"), [("fsdp", True, "FSDP"), ("deepspeed", {}, None), ("_n_gpu", 2, "nn.DataParallel")]
+    ("name", "value", "said"),
+    [
+        ("fsdp", True, "FSDP"),
+        ("deepspeed", {"zero_optimization": {"stage": 2}}, "DeepSpeed"),
+        ("_n_gpu", 2, "nn.DataParallel"),
+    ],
 )
-def test_sharding_that_arguments_ask_for(name: str, value: Any, said: str | None, tmp_path: Path) -> None:
+def test_sharding_that_arguments_ask_for(name: str, value: Any, said: str, tmp_path: Path) -> None:
     args = arguments(tmp_path)
     setattr(args, name, value)
     watching, event = Watching(), (args, TrainerState(), TrainerControl())
-    if said is None:
-        watching.on_init_end(*event, model=Small())
-        return
     with pytest.raises(TrainerError, match=said):
         watching.on_init_end(*event, model=Small())
     assert watching.inserted == []

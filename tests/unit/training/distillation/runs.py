@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,6 @@ class Case:
     oracle: Oracle
     alpha: float = 0.5
     ctc: bool = False
-    names: tuple[str, ...] = field(default=("labels",))
 
 
 def _several(index: int, row: Row) -> Row:
@@ -224,7 +223,6 @@ CASES = {
         lambda n: built("BertForQuestionAnswering", "bert", num_hidden_layers=n, **ENCODER),
         lambda: [{**row, "start_positions": torch.tensor(1), "end_positions": torch.tensor(3)} for row in texts()],
         over_spans,
-        names=("start_positions", "end_positions"),
     ),
     "masked": Case(
         "masked_lm",

@@ -245,6 +245,19 @@ def test_quantized_teacher_of_its_own_type(tmp_path: Path) -> None:
     assert {value.dtype for value in teacher.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_teacher_of_another_library(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    case = CASES["causal"]
+    case.build(2).save_pretrained(tmp_path / "teacher")
+    asked = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", quantization_config=asked, device_map="cpu")
+    trainer = distilled(tmp_path, case.build(1), teacher, case.rows(), DistillationConfig(alpha=1.0))
+    losses = logged(trainer)
+    assert losses[0] > losses[1] > 0
+    assert teacher.hf_quantizer is not None
+
+
 def test_hidden_states_and_relations_are_added(tmp_path: Path) -> None:
     case = CASES["masked"]
     losses = {}

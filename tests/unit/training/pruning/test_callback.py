@@ -205,7 +205,7 @@ def test_gradient_accumulation_is_one_large_batch(name: str, tmp_path: Path) -> 
     ):
         callback = PruningCallback(CONFIGS[name])
         trained(tmp_path / folder, [callback], Small(dropout=0), max_steps=8, max_grad_norm=0.5, **changes)
-        made.append((saved(tmp_path / folder, 4), load_file(tmp_path / folder / "checkpoint-4" / FILE)))
+        made.append((saved(tmp_path / folder, 5), load_file(tmp_path / folder / "checkpoint-5" / FILE)))
     (one, kept), (four, other) = made
     for key in one:
         assert torch.equal(one[key] == 0, four[key] == 0)
@@ -370,6 +370,24 @@ def test_early_end_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, "hf_compress"):
         trained(tmp_path, [PruningCallback(CONFIGS["local"]), Stop()])
     assert "the mask is final at step 6, training ended after 3" in caplog.text
+
+
+def test_best_checkpoint_from_before_the_end_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is a denser one, and not pruned after the fact. These random weights lose less the fewer there are."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = Trainer(
+        model=Small(),
+        args=arguments(tmp_path, learning_rate=0.0, eval_strategy="steps", eval_steps=1, max_steps=7, **best),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        callbacks=[PruningCallback(PruningConfig(sparsity=0.9, start=0, end=6, every=2, initial=0.1))],
+    )
+    with caplog.at_level(logging.WARNING, "hf_compress"):
+        trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert zeros(values_of(trainer.model)) == zeros(saved(tmp_path, 1)) == [38, 10]
+    checkpoint = trainer.state.best_model_checkpoint
+    assert f"with 48 zeros in the best checkpoint, {checkpoint}, of 432 asked for" in caplog.text
 
 
 @pytest.mark.parametrize(
