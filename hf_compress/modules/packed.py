@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
-from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
