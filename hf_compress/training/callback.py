@@ -14,13 +14,11 @@ import torch
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..apply.planning import is_quantized
-from ..checkpoint.record import open_weights
-from ..checkpoint.shards import safetensors_files
-from ..core.errors import AlreadyQuantizedError, LossError, ResumeError, TrainerError, listed
-from ..core.weights import list_weights
+from ..core.errors import AlreadyQuantizedError, LossError, ResumeError, TrainerError
+from .restore import restore
 from .state import Section, read_section, write_section
 
 if TYPE_CHECKING:
@@ -145,12 +143,10 @@ class CompressionCallback(TrainerCallback):
                 "its own for each Trainer",
             )
         section = None
-        if args.load_best_model_at_end:
-            _check_best(bare(model))
         if state.global_step:
             folder = self.resume_from or _checkpoint(args, state)
             _check_same_run(folder, state, name)
-            _check_restored(folder, bare(model))
+            restore(folder, bare(model))
             section = read_section(folder, self.name, self.settings(), state.global_step)
         self.begin(bare(model), state, section)
 
@@ -169,6 +165,19 @@ class CompressionCallback(TrainerCallback):
         """
         if model is not None and not args.fp16:
             check_gradients(model, state.global_step)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Read what the Trainer has left out of the best model, where it has loaded one."""
+        best = state.best_model_checkpoint
+        if model is not None and args.load_best_model_at_end and best is not None and not is_quantized(bare(model)):
+            restore(Path(best), bare(model))
 
     def on_save(
         self,
@@ -224,45 +233,6 @@ def _check_same_run(folder: Path, state: TrainerState, name: str) -> None:
         raise ResumeError(f"{folder} is no checkpoint of the Trainer ({type(error).__name__}).", fix) from None
     if json.dumps(logged) != json.dumps(state.log_history[: len(logged)]):  # as text: NaN is not equal to itself
         raise ResumeError(f"{folder} belongs to another run than the checkpoint that training is resumed from.", fix)
-
-
-def _check_restored(folder: Path, model: nn.Module) -> None:
-    """Refuse to go on with weights that the Trainer has left as they were.
-
-    It reads tensors by the model's own names, without transformers' conversions, and only logs what is missing. So it
-    finds no fused experts, which are stored one by one.
-
-    Raises:
-        ResumeError: The checkpoint has no tensors for some of the model's names.
-    """
-    files = safetensors_files(folder)
-    stored: set[str] = set()
-    for file in files:
-        with open_weights(file) as opened:
-            stored.update(opened.keys())
-    tied = set(model.all_tied_weights_keys) if isinstance(model, PreTrainedModel) else set()
-    missing = [name for name in model.state_dict() if name not in stored and name not in tied]
-    if files and missing:
-        raise ResumeError(
-            f"{folder} has nothing under the names {listed(missing)} ({len(missing)} tensors): the Trainer has left "
-            "them as they were before. It can't read what transformers stores in another form, such as fused experts.",
-            "start anew from its weights: from_pretrained reads them all",
-        )
-
-
-def _check_best(model: nn.Module) -> None:
-    """Refuse to load the best model of a run by names that are not in its checkpoints.
-
-    Raises:
-        TrainerError: The model has fused experts, which the Trainer would leave as the last step made them.
-    """
-    fused = [weight.name for weight in list_weights(model) if weight.parts]
-    if fused:
-        raise TrainerError(
-            f"{fused[0]} is stored as one tensor per expert, which load_best_model_at_end can't read: it would mix "
-            "the best model with the last one's experts.",
-            "TrainingArguments(load_best_model_at_end=False), and load the best checkpoint with from_pretrained",
-        )
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -383,16 +383,3 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert training_plan_of(model) is not None
-
-
-def test_fused_experts_are_not_mixed_with_older_ones(tmp_path: Path) -> None:
-    """The Trainer reads tensors by the model's names; transformers stores experts under others."""
-    config = hfc.QATConfig(bits=4, group_size=32)
-    trainer_of(tiny("qwen3-moe"), "qwen3-moe", tmp_path, [hfc.QATCallback(config)]).train()
-    again = trainer_of(tiny("qwen3-moe"), "qwen3-moe", tmp_path, [hfc.QATCallback(config)])
-    with pytest.raises(ResumeError, match="fused experts"):
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{MIDDLE}"))
-    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": MIDDLE}
-    best = trainer_of(tiny("qwen3-moe"), "qwen3-moe", tmp_path / "best", [hfc.QATCallback(config)], **options)
-    with pytest.raises(TrainerError, match="load_best_model_at_end"):
-        best.train()
