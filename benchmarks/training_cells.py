@@ -93,7 +93,9 @@ def _weights(bits: int, group_size: int, learning_rate: float) -> Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "qat W4 g64": _weights(4, 64, 5e-5),
+    "qat W4 g128": _weights(4, 128, 5e-5),
     "qat W3 g64": _weights(3, 64, 1e-4),
+    "qat W3 g128": _weights(3, 128, 1e-4),
     "qat W2 g64": _weights(2, 64, 2e-4),
     "qat W8A8": Recipe(
         qat(bits=8, group_size="channel", activation_bits=8, activation_strategy="tensor", start=0.1),

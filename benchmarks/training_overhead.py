@@ -30,11 +30,13 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from benchmarks.training_cells import Cell
+from benchmarks.training_cells import HIDDEN, Cell
 from examples.reference import sentiment
 from examples.reference.smollm2 import off_grid_smollm2
 
 PLAIN, TEACHER, DISTILLATION, PRUNING = "plain", "teacher forward", "distillation", "pruning"
+DEEP = "distillation, hidden states"
+"""As the classifier's recipes have it; the bar is of the loss on the logits alone."""
 QAT_WEIGHTS, QAT_STATIC, MOVEMENT = "qat W4 g64", "qat W8A8 static", "movement"
 WARMUP = 2
 EVERY = 10
@@ -109,7 +111,8 @@ def overhead(shape: str, smoke: bool) -> Cell:
         name: [one / plain for one, plain in zip(values, timed[PLAIN], strict=True)] for name, values in timed.items()
     }
     taught = [plain + forward for plain, forward in zip(timed[PLAIN], timed[TEACHER], strict=True)]
-    over[DISTILLATION] = [one / both for one, both in zip(timed[DISTILLATION], taught, strict=True)]
+    for name in timed.keys() & {DISTILLATION, DEEP}:
+        over[name] = [one / both for one, both in zip(timed[name], taught, strict=True)]
     means = {name: sum(timed[name]) / sum(timed[PLAIN]) for name in timed if name in (PRUNING, MOVEMENT)}
     return {
         "shape": [rows, tokens],
@@ -157,9 +160,14 @@ def _members(
     if shape == "classifier":
         static = {"activation_bits": 8, "activation_strategy": "tensor"}
         callbacks[QAT_STATIC] = [_qat(bits=8, group_size="channel", **static)]
+        callbacks[DEEP] = []
         callbacks[MOVEMENT] = [hfc.PruningCallback(hfc.PruningConfig(method="movement", **masks))]
+    taught = {
+        DISTILLATION: hfc.DistillationConfig(alpha=0.5, temperature=2.0),
+        DEEP: hfc.DistillationConfig(alpha=0.5, temperature=2.0, hidden=HIDDEN),
+    }
     members: dict[str, Callable[[Turns, int], list[float]]] = {
-        name: partial(_steps, deepcopy(model), model if name == DISTILLATION else None, made, data, rows, rounds)
+        name: partial(_steps, deepcopy(model), model, taught.get(name), made, data, rows, rounds)
         for name, made in callbacks.items()
     }
     batch = {key: torch.stack([row[key] for row in data[:rows]]) for key in ("input_ids", "attention_mask")}
@@ -191,7 +199,8 @@ def _timed(members: Members) -> dict[str, list[float]]:
 
 def _steps(
     model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel,
+    distillation: hfc.DistillationConfig | None,
     callbacks: list[Any],
     data: list[dict[str, Tensor]],
     rows: int,
@@ -199,7 +208,7 @@ def _steps(
     turns: Turns,
     member: int,
 ) -> list[float]:
-    """A Trainer's steps."""
+    """A Trainer's steps, with a teacher where there is a distillation."""
     begin = Begin(turns, member)
     end = End(begin)
     with TemporaryDirectory() as folder:
@@ -221,10 +230,9 @@ def _steps(
             "data_collator": default_data_collator,
             "callbacks": [begin, *callbacks, end],
         }
-        if teacher is None:
+        if distillation is None:
             trainer = Trainer(**common)
         else:
-            distillation = hfc.DistillationConfig(alpha=0.5, temperature=2.0)
             trainer = hfc.DistillationTrainer(**common, teacher=teacher, distillation=distillation)
         trainer.train()
     return end.seconds

@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,34 +22,30 @@ from transformers import (
 
 import hf_compress as hfc
 from examples.reference import sentiment
-from hf_compress.evaluation.quality import evaluate_quality
-from hf_compress.evaluation.size import disk_bytes
+from examples.reference.classification import print_table, token_rows
 
-LENGTH = 32
-"""Most tokens of a text."""
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    known = argparse.ArgumentParser(description="Distill a two-label text classifier into fewer layers.")
+    known.add_argument("--model", type=Path, help="a directory; the demo's MiniLM sentiment classifier by default")
+    known.add_argument("--layers", type=int, help="of the student; half of the teacher's by default")
+    known.add_argument("--epochs", type=float, default=3.0)
+    known.add_argument("--smoke", action="store_true", help="a few rows and steps, to try the script")
+    known.add_argument("--out", type=Path, required=True, help="directory to write")
+    return known
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Cut layers out, teach the rest, save, quantize, save with proof, measure."""
-    parser = argparse.ArgumentParser(description="Distill a two-label text classifier into fewer layers.")
-    parser.add_argument("--model", type=Path, help="a directory; the demo's MiniLM sentiment classifier by default")
-    parser.add_argument("--layers", type=int, help="of the student; half of the teacher's by default")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--smoke", action="store_true", help="a few rows and steps, to try the script")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     source = options.model or sentiment.classifier()
     tokenizer = AutoTokenizer.from_pretrained(source)
     training, held_out = sentiment.training_rows(), sentiment.held_out()
     if options.smoke:
         training, held_out = training[:32], held_out[:20]
-
-    def tokenized(row: dict[str, object]) -> dict[str, object]:
-        return {**tokenizer(row["text"], truncation=True, max_length=LENGTH), "labels": row["label"]}
-
-    rows = Dataset.from_list([{"text": text, "label": label} for text, label in training])
-    rows = rows.map(tokenized, remove_columns=["text", "label"])
+    rows = token_rows(tokenizer, training)
 
     teacher = AutoModelForSequenceClassification.from_pretrained(source)
     layers = options.layers or teacher.config.num_hidden_layers // 2
@@ -61,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher=teacher,
         distillation=hfc.DistillationConfig(
             alpha=0.5,  # half the labels, half the teacher's answers
-            hidden={"layers": "uniform", "loss": "cosine"},  # and what each layer holds: two logits say little
+            hidden=hfc.HiddenConfig(loss="cosine"),  # and what each layer holds: two logits say little
         ),
         train_dataset=rows,
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -84,17 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     proof = hfc.save(hfc.quantize(dense, hfc.Int8DynamicQuantConfig()), small, tokenizer=tokenizer)
     print(f"Saved to {small}; proof: {proof.level}, by {proof.reader}")
 
-    def line(name: str, model: object, folder: Path) -> str:
-        found = evaluate_quality(model, teacher, held_out, tokenizer, max_length=LENGTH, batch_size=32).result
-        change = f"{100 * found.difference_low:+.1f} to {100 * found.difference_high:+.1f}"
-        size = disk_bytes(folder).weights / 1e6
-        return f"{name:<24}{100 * found.candidate_accuracy:>8.1f}% {change:>20}{size:>11.1f} MB"
-
-    print(f"{'':<24}{'accuracy':>9} {'95 % of the change':>20}{'weights':>14}   (n = {len(held_out)})")
-    print(line(f"{teacher.config.num_hidden_layers} layers", teacher, Path(source)))
-    print(line(f"{layers} layers, cut out", untaught, dense))
-    print(line(f"{layers} layers, taught", student, dense))
-    print(line(f"{layers} layers, 8 bits", hfc.load(small), small))
+    print_table(
+        teacher,
+        tokenizer,
+        held_out,
+        [
+            (f"{teacher.config.num_hidden_layers} layers", teacher, Path(source)),
+            (f"{layers} layers, cut out", untaught, dense),
+            (f"{layers} layers, taught", student, dense),
+            (f"{layers} layers, 8 bits", hfc.load(small), small),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -23,19 +23,24 @@ from hf_compress.evaluation.quality import evaluate_quality
 from hf_compress.evaluation.size import disk_bytes
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    known = argparse.ArgumentParser(description="Quantization-aware training of a causal language model.")
+    known.add_argument("--model", help=f"a Hub id or a directory; {ROTATED_NAME}, by default")
+    known.add_argument("--bits", type=int, default=3)
+    known.add_argument("--group-size", type=int, default=64)
+    known.add_argument("--steps", type=int, default=150, help="optimizer steps of 4 windows each")
+    known.add_argument("--length", type=int, default=128, help="tokens per window")
+    known.add_argument("--windows", type=int, default=16, help="windows to measure perplexity on, at least 2")
+    known.add_argument("--learning-rate", type=float, default=2e-4)
+    known.add_argument("--smoke", action="store_true", help="2 short steps, to try the script")
+    known.add_argument("--out", type=Path, required=True, help="directory to write")
+    return known
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Round, train with rounded weights, save with proof, load again, measure."""
-    parser = argparse.ArgumentParser(description="Quantization-aware training of a causal language model.")
-    parser.add_argument("--model", help=f"a Hub id or a directory; {ROTATED_NAME}, by default")
-    parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of 4 windows each")
-    parser.add_argument("--length", type=int, default=128, help="tokens per window")
-    parser.add_argument("--windows", type=int, default=16, help="windows to measure perplexity on, at least 2")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--smoke", action="store_true", help="2 short steps, to try the script")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.smoke:
         options.steps, options.length, options.windows = 2, 32, 2
 

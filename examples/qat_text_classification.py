@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -24,36 +23,32 @@ from transformers import (
 
 import hf_compress as hfc
 from examples.reference import sentiment
-from hf_compress.evaluation.quality import evaluate_quality
-from hf_compress.evaluation.size import disk_bytes
+from examples.reference.classification import print_table, token_rows
 
-LENGTH = 32
-"""Most tokens of a text."""
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    known = argparse.ArgumentParser(description="Quantization-aware training of a two-label text classifier.")
+    known.add_argument("--model", type=Path, help="a directory; the demo's MiniLM sentiment classifier by default")
+    known.add_argument("--bits", type=int, default=3)
+    known.add_argument("--group-size", type=int, default=64)
+    known.add_argument("--epochs", type=float, default=1.0)
+    known.add_argument("--learning-rate", type=float, default=1e-4)
+    known.add_argument("--smoke", action="store_true", help="a few rows and steps, to try the script")
+    known.add_argument("--out", type=Path, required=True, help="directory to write")
+    return known
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Round, train with rounded weights, save with proof, load again, measure."""
-    parser = argparse.ArgumentParser(description="Quantization-aware training of a two-label text classifier.")
-    parser.add_argument("--model", type=Path, help="a directory; the demo's MiniLM sentiment classifier by default")
-    parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--smoke", action="store_true", help="a few rows and steps, to try the script")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     source = options.model or sentiment.classifier()
     tokenizer = AutoTokenizer.from_pretrained(source)
     training, held_out = sentiment.training_rows(), sentiment.held_out()
     if options.smoke:
         training, held_out = training[:32], held_out[:20]
-
-    def tokenized(row: dict[str, object]) -> dict[str, object]:
-        return {**tokenizer(row["text"], truncation=True, max_length=LENGTH), "labels": row["label"]}
-
-    rows = Dataset.from_list([{"text": text, "label": label} for text, label in training])
-    rows = rows.map(tokenized, remove_columns=["text", "label"])
+    rows = token_rows(tokenizer, training)
 
     teacher = AutoModelForSequenceClassification.from_pretrained(source)
     student = AutoModelForSequenceClassification.from_pretrained(source)
@@ -68,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher=teacher,
         distillation=hfc.DistillationConfig(
             alpha=1.0,  # the teacher's answers alone, no labels
-            hidden={"layers": "uniform", "loss": "cosine"},  # and what each layer holds: two logits say little
+            hidden=hfc.HiddenConfig(loss="cosine"),  # and what each layer holds: two logits say little
         ),
         callbacks=[hfc.QATCallback(hfc.QATConfig(**grid, learn_scales=True))],
         train_dataset=rows,
@@ -91,17 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     proof = hfc.save(student, path, tokenizer=tokenizer)  # fails rather than writing what would not reload
     print(f"Saved to {path}; proof: {proof.level}, by {proof.reader}")
 
-    def line(name: str, model: object, folder: Path) -> str:
-        found = evaluate_quality(model, teacher, held_out, tokenizer, max_length=LENGTH, batch_size=32).result
-        change = f"{100 * found.difference_low:+.1f} to {100 * found.difference_high:+.1f}"
-        size = disk_bytes(folder).weights / 1e6
-        return f"{name:<24}{100 * found.candidate_accuracy:>8.1f}% {change:>20}{size:>11.1f} MB"
-
     rounded = hfc.quantize(source, hfc.RTNQuantConfig(**grid))
-    print(f"{'':<24}{'accuracy':>9} {'95 % of the change':>20}{'weights':>14}   (n = {len(held_out)})")
-    print(line("float32", teacher, Path(source)))
-    print(line(f"{options.bits} bits, rounded", rounded, path))  # the same grid, so the same bytes
-    print(line(f"{options.bits} bits, trained", hfc.load(path), path))
+    print_table(
+        teacher,
+        tokenizer,
+        held_out,
+        [
+            ("float32", teacher, Path(source)),
+            (f"{options.bits} bits, rounded", rounded, path),  # the same grid, so the same bytes
+            (f"{options.bits} bits, trained", hfc.load(path), path),
+        ],
+    )
 
 
 if __name__ == "__main__":

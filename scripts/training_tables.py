@@ -30,7 +30,9 @@ ROUNDED = {
 }
 TRAINED = {
     "qat W4 g64": "4 bits, groups of 64, trained",
+    "qat W4 g128": "4 bits, groups of 128, trained",
     "qat W3 g64": "3 bits, groups of 64, trained",
+    "qat W3 g128": "3 bits, groups of 128, trained",
     "qat W2 g64": "2 bits, groups of 64, trained",
     "qat W8A8": "INT8 weights and inputs, fixed ranges, trained",
 }
@@ -165,7 +167,7 @@ def _overhead(result: Mapping[str, Any]) -> str:
         size = " × ".join(map(str, found["shape"]))
         for kind, ratio in found["ratios"].items():
             middle = found["mean_ratios"].get(kind, ratio["median"])
-            over = "a plain step and the teacher's forward" if kind == "distillation" else "a plain step"
+            over = "a plain step and the teacher's forward" if kind.startswith("distillation") else "a plain step"
             shown = f"{middle:.2f} ({ratio['low_quartile']:.2f} to {ratio['high_quartile']:.2f})"
             rows.append((f"{label}, {size} tokens", kind, shown, over))
     shown = "Time of an optimizer step over another's, a step each in turn in one process: median and quartiles."

@@ -124,8 +124,11 @@ class ResultsStore:
                 for old in [] if forget is None else self._files(forget, _STATE):
                     old.unlink()
         except WriteError as error:
-            told = error.message.replace("Nothing was left behind.", "What is finished stays there.")
-            raise WriteError(told, f"{error.fix.rstrip('.')}; the same command then goes on from there") from error
+            told, fix = error.message, error.fix.rstrip(".")
+            if not self._resumable:
+                raise WriteError(told, f"{fix}; the environment variable TMPDIR names the directory") from error
+            told = told.replace("Nothing was left behind.", "What is finished stays there.")
+            raise WriteError(told, f"{fix}; the same command then goes on from there") from error
         return self._read(file)
 
     def _is_last(self, key: str) -> bool:
@@ -193,10 +196,16 @@ def passing_store(plan: Plan) -> Iterator[ResultsStore]:
         plan: The plan that they carry out.
 
     Raises:
-        WriteError: The disk is full, or can't be written to.
+        WriteError: The disk is full, or can't be written to, or there is no such directory.
     """
-    place = Path(tempfile.gettempdir())
-    with disk_errors(place), tempfile.TemporaryDirectory(prefix="hf_compress-", dir=place) as directory:
+    try:
+        made = tempfile.TemporaryDirectory(prefix="hf_compress-")
+    except OSError as error:
+        raise WriteError(
+            f"The temporary directory can't be used: {first_line(error)}.",
+            "set the environment variable TMPDIR to a directory with room for the packed model",
+        ) from error
+    with disk_errors(Path(made.name).parent), made as directory:
         yield ResultsStore(Path(directory), plan, resumable=False)
 
 

@@ -6,6 +6,9 @@ request, so that a Trainer takes it and every checkpoint is a plain one.
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,11 +17,15 @@ from ..apply.planning import plan_model
 from ..apply.swapping import announce, complete, swap_all
 from ..checkpoint.handover import forget_quantization
 from ..checkpoint.load import ReadRequest
+from ..checkpoint.record import open_weights
 from ..checkpoint.session import LoadSession, release_ties
+from ..checkpoint.shards import safetensors_files
 from ..core.config import QuantConfig
 from ..core.plan import Plan, PlanRow
 from ..modules.packed import PackedTensor
 from .calibrate import ResultRequest, calibrate_live
+
+logger = logging.getLogger(__name__)
 
 
 class DeferredSession(LoadSession):
@@ -70,9 +77,28 @@ def finish(model: PreTrainedModel, session: LoadSession) -> None:
         if session.request.spec.prepare is not None:
             session.request.spec.prepare(model, session.plan, session.request.fields)
             forget_quantization(model)
+            _warn_of_state(model)
             return
         plan, finished = calibrate_live(model, session.plan, session.request, session.progress)
         swap_all(model, plan, finished)
         return
     session.finish()
     complete(model, with_results(session.plan, session.sqnr))
+
+
+def _warn_of_state(model: PreTrainedModel) -> None:
+    """Say what a checkpoint of an earlier training has beside its weights, and that a new one starts without it."""
+    folder = Path(model.name_or_path)
+    found: list[str] = []
+    for file in safetensors_files(folder) if folder.is_dir() else ():
+        with open_weights(file) as opened:
+            names: list[str] = opened.keys()
+            found += [name for name in names if name.rpartition(".")[2].startswith("hfc_")]
+    if found:
+        logger.warning(
+            "%s has %d tensors of an earlier training beside its weights, such as %s: they are left out, and scales "
+            "and ranges start anew from the weights. trainer.train(resume_from_checkpoint=...) goes on with them.",
+            folder,
+            len(found),
+            found[0],
+        )

@@ -19,13 +19,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..apply.planning import is_quantized
 from ..core.errors import AlreadyQuantizedError, LossError, ResumeError, TrainerError
 from .restore import restore
-from .state import Section, read_section, write_section
+from .state import TRAINER_STATE, Section, read_section, write_section
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-_STATE = "trainer_state.json"
+_CALLBACKS = "hfc_callbacks"
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,20 @@ class CompressionCallback(TrainerCallback):
     Args:
         resume_from: Directory of the checkpoint that training is resumed from, where it is not
             `output_dir/checkpoint-STEP`.
+
+    Attributes:
+        length: Optimizer steps of the run, which schedules are resolved for; once training has begun. Of a run that
+            is resumed, those that it was begun with: what has happened at a step stays there.
     """
 
     name: ClassVar[str]
     """Of its section in a checkpoint's state file."""
 
     def __init__(self, resume_from: str | Path | None = None) -> None:
+        if not isinstance(resume_from, str | Path | None):
+            raise TrainerError(f"resume_from={resume_from!r} is no path.", 'resume_from="run/checkpoint-500"')
         self.resume_from = None if resume_from is None else Path(resume_from)
+        self.length = 0
         self._prepared: weakref.ref[nn.Module] | None = None
 
     def prepare(self, model: nn.Module) -> None:
@@ -105,10 +112,12 @@ class CompressionCallback(TrainerCallback):
         """Prepare the model: the Trainer is built, the optimizer not yet made, no checkpoint read.
 
         Raises:
-            TrainerError: The model is compiled or will be sharded, or several devices get copies of it in one process.
+            TrainerError: The model is compiled or will be sharded, several devices get copies of it in one process, or
+                the Trainer has such a callback already.
         """
         if model is not None:
             refuse_sharded(type(self).__name__, args, model)
+            self._refuse_second(state)
             self.prepare(model)
 
     def on_train_begin(
@@ -130,6 +139,7 @@ class CompressionCallback(TrainerCallback):
             raise TrainerError("The Trainer has no model.", "pass model=... to the Trainer")
         name = type(self).__name__
         refuse_sharded(name, args, bare(model))
+        self._refuse_second(state)
         if self._prepared is None:
             raise TrainerError(
                 f"{name} was added after the Trainer had been built, too late to prepare the model.",
@@ -148,7 +158,28 @@ class CompressionCallback(TrainerCallback):
             _check_same_run(folder, state, name)
             restore(folder, bare(model))
             section = read_section(folder, self.name, self.settings(), state.global_step)
+        self.length = state.max_steps if section is None else section.length
+        if self.length != state.max_steps:
+            logger.warning(
+                "The run was begun with %d optimizer steps and now has %d: fractions in the configuration of %s still "
+                "are those of %d.",
+                *(self.length, state.max_steps, name, self.length),
+            )
         self.begin(bare(model), state, section)
+
+    def _refuse_second(self, state: TrainerState) -> None:
+        """Refuse another callback with a section of this name; the state, which all events share, says who is there.
+
+        Raises:
+            TrainerError: There is one.
+        """
+        taken: dict[str, CompressionCallback] = vars(state).setdefault(_CALLBACKS, {})
+        if taken.setdefault(self.name, self) is not self:
+            raise TrainerError(
+                f"The Trainer has two callbacks that keep {self.name!r} state in its checkpoints, the second a "
+                f"{type(self).__name__}.",
+                "one of them, with all rules in its configuration",
+            )
 
     def on_pre_optimizer_step(
         self,
@@ -202,7 +233,8 @@ class CompressionCallback(TrainerCallback):
                 type(self).__name__,
             )
             return
-        write_section(folder, self.name, Section(self.settings(), state.global_step, self.tensors(bare(model))))
+        kept = Section(self.settings(), state.global_step, self.tensors(bare(model)), self.length)
+        write_section(folder, self.name, kept)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -228,7 +260,7 @@ def _check_same_run(folder: Path, state: TrainerState, name: str) -> None:
     """
     fix = f'{name}(..., resume_from="PATH") with the path that trainer.train(resume_from_checkpoint=...) gets'
     try:
-        logged = TrainerState.load_from_json(str(folder / _STATE)).log_history
+        logged = TrainerState.load_from_json(str(folder / TRAINER_STATE)).log_history
     except (OSError, ValueError, TypeError) as error:
         raise ResumeError(f"{folder} is no checkpoint of the Trainer ({type(error).__name__}).", fix) from None
     if json.dumps(logged) != json.dumps(state.log_history[: len(logged)]):  # as text: NaN is not equal to itself

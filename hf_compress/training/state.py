@@ -6,6 +6,7 @@ not resumed with another one, and tensors that are no part of the model, such as
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from ..checkpoint.atomic import disk_errors
 from ..checkpoint.record import open_weights, sort_metadata
-from ..core.errors import CorruptCheckpointError, ResumeError
+from ..core.errors import CorruptCheckpointError, ResumeError, first_line
 
 FILE = "hf_compress_state.safetensors"
+TRAINER_STATE = "trainer_state.json"
 _KEY = "hf_compress"
 
 
@@ -32,31 +34,34 @@ class Section:
         config: Its configuration as JSON types.
         step: Optimizer steps done.
         tensors: Tensors by name.
+        length: Optimizer steps of the run that schedules were resolved for.
     """
 
     config: Mapping[str, Any]
     step: int
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    length: int = 0
 
 
 def write_section(folder: Path, name: str, section: Section) -> None:
-    """Add a section to a checkpoint's file, or replace it; the others stay.
+    """Add a section to a checkpoint's file, or replace it; others of the same checkpoint stay.
+
+    What an earlier run has left in the directory goes: its sections are told by the Trainer's own state beside them.
 
     Args:
         folder: The checkpoint's directory.
         name: Name of the section, without dots.
         section: Its content.
 
-    What an earlier run has left there is replaced where it is damaged.
-
     Raises:
         WriteError: The disk is full or not writable.
     """
     file = folder / FILE
-    tensors, heads = _others(file)
+    saved = _fingerprint(folder / TRAINER_STATE)
+    tensors, heads = _others(file, saved)
     kept = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
     kept |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in section.tensors.items()}
-    heads[name] = {"config": dict(section.config), "step": section.step}
+    heads[name] = {"config": dict(section.config), "step": section.step, "length": section.length, "saved": saved}
     partial = file.with_suffix(".partial")
     with disk_errors(file):
         try:
@@ -103,15 +108,22 @@ def read_section(folder: Path, name: str, config: Mapping[str, Any], step: int) 
         )
     head = f"{name}."
     own = {key.removeprefix(head): value for key, value in tensors.items() if key.startswith(head)}
-    return Section(before, step, own)
+    return Section(before, step, own, heads[name]["length"])
 
 
-def _others(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the file holds, or nothing where there is none or it is damaged."""
+def _others(file: Path, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the file holds of the same save; nothing where there is no file or it is damaged."""
     try:
-        return _read(file) if file.is_file() else ({}, {})
+        tensors, heads = _read(file) if file.is_file() else ({}, {})
     except CorruptCheckpointError:
         return {}, {}
+    own = {name: head for name, head in heads.items() if head.get("saved") == saved}
+    return {key: value for key, value in tensors.items() if key.partition(".")[0] in own}, own
+
+
+def _fingerprint(file: Path) -> str:
+    """Hash of a file's content; empty where there is none."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -122,10 +134,14 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with open_weights(file) as opened:
-            heads = json.loads((opened.metadata() or {})[_KEY])
+            heads = json.loads((opened.metadata() or {}).get(_KEY, "null"))
         tensors = load_file(file)
-    except (KeyError, ValueError, OSError, SafetensorError) as error:
-        raise CorruptCheckpointError(f"{file} is damaged: {error!r}.", "resume from another checkpoint") from None
+    except CorruptCheckpointError as error:  # is a ValueError, and says it all
+        raise CorruptCheckpointError(error.message, "resume from another checkpoint") from None
+    except (ValueError, OSError, SafetensorError) as error:
+        raise CorruptCheckpointError(
+            f"{file} is damaged: {first_line(error)}.", "resume from another checkpoint"
+        ) from None
     if not isinstance(heads, dict) or not all(_is_head(head) for head in heads.values()):
         raise CorruptCheckpointError(f"{file} holds no state of ours.", "resume from another checkpoint")
     return tensors, heads
@@ -133,4 +149,6 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _is_head(value: object) -> bool:
     """Whether something is what `write_section` writes for a section."""
-    return isinstance(value, dict) and isinstance(value.get("config"), dict) and isinstance(value.get("step"), int)
+    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
+        return False
+    return isinstance(value.get("step"), int) and isinstance(value.get("length"), int)

@@ -46,6 +46,14 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(index % 3)}
 
 
+class Tokens(Rows):
+    """The same rows, whose tokens are to be predicted."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = super().__getitem__(index)
+        return {**row, "labels": row["input_ids"]}
+
+
 def student(dropout: float = 0.1) -> PreTrainedModel:
     """The model that is compressed."""
     return tiny("bert-classifier", hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
@@ -111,13 +119,39 @@ def in_step(folder: Path, batch: int) -> Trainer:
     )
 
 
+def moving(folder: Path, batch: int) -> Trainer:
+    """A run of movement pruning alone, whose scores learn from the gradients of all processes.
+
+    Of a language model: the classifier's gradients behind its first token are too small for Adam, which divides
+    scores' gradients by their size, to tell them from rounding errors.
+    """
+    config = PruningConfig(method="movement", sparsity=SPARSITY, start=1, end=6, every=1)
+    return Trainer(
+        model=tiny("llama-tied"),
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=6,
+            save_steps=5,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=3,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=2,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.3,
+        ),
+        train_dataset=Tokens(),
+        callbacks=[PruningCallback(config)],
+    )
+
+
 def main(folder: Path) -> None:
     """Train in one of two processes, and write down what this one sees."""
     trainer = in_step(folder / "run", batch=4)
     trainer.train()
     rank = trainer.args.process_index
-    kept = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
-    save_file(kept, folder / f"rank-{rank}.safetensors")
     seen: dict[str, Any] = {
         "processes": trainer.args.world_size,
         "saves": trainer.args.should_save,
@@ -125,6 +159,11 @@ def main(folder: Path) -> None:
         "student_wrapped": isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
+    mover = moving(folder / "moving", batch=2)
+    mover.train()
+    for name, model in (("rank", trainer.model), ("moving", mover.model)):
+        kept = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        save_file(kept, folder / f"{name}-{rank}.safetensors")
     try:
         trainer_of(folder / "sharded", INT4, fsdp=True)
     except TrainerError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT's
 ]
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 BLOCK = re.compile("^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHELL = re.compile("^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -38,8 +42,13 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     values: dict[str, Any] = {"rows": rows(), "tokenizer": tiny_tokenizer()}
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     for number, block in enumerate(BLOCK.findall(text)):
-        exec(compile(block, f"{page}.md, block {number}", "exec"), values)  # noqa: S102 - our own pages
+        execute(block, f"{page}.md, block {number}", values)
     return values
+
+
+def execute(block: str, name: str, values: dict[str, Any]) -> None:
+    """Run a block of a page of ours, with what earlier ones have left in `values`."""
+    exec(compile(block, name, "exec"), values)  # noqa: S102 - our own pages
 
 
 def test_overview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +59,27 @@ def test_overview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert int((weight == 0).sum()) >= weight.numel() // 2, "zeros stay zeros in the codes"
     model = values["model_init"]()
     assert values["qat"].is_prepared(model)
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block about the Trainer, which stands by itself but for the rows and the tokenizer."""
+    shutil.move(tiny_dir("bert-classifier", tmp_path), tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    (block,) = (one for one in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "Trainer(" in one)
+    execute(block, "README.md", {"rows": rows(), "tokenizer": tiny_tokenizer()})
+    assert hfc.inspect(tmp_path / "my-model-qat3").plan.method == "qat"
+
+
+def test_shell_blocks_name_examples_and_options_that_there_are() -> None:
+    (block,) = SHELL.findall((DOCS / "training.md").read_text(encoding="utf-8"))
+    lines = block.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        python, option, name, *arguments = shlex.split(line)
+        assert [python, option] == ["python", "-m"]
+        example = importlib.import_module(name)
+        assert example.parser().parse_args(arguments).out.name
+        assert line in example.__doc__.splitlines(), "the page shows what the example says of itself"
 
 
 def test_qat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from hf_compress.checkpoint.worker import CleanWorker
 from hf_compress.modules.packed import unpack_codes
 from hf_compress.training.state import FILE
 from tests._utils.tiny import output, tiny_inputs
-from tests._utils.training_runs import INT4, SPARSITY, W8A8, in_step, trainer_of
+from tests._utils.training_runs import INT4, SPARSITY, W8A8, in_step, moving, trainer_of
 from tests.conformance.helpers import packed_weights, plan_of, same_states
 
 pytestmark = pytest.mark.touches_rng  # Trainer seeds, dropout draws
@@ -138,6 +138,23 @@ def launch(script: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def check_movement(folder: Path) -> None:
+    """Both processes have the masks of one that sees twice the batch, and so have the scores.
+
+    Tolerance: sums of gradients in float32 in another order, 1e-6 of their size, over six steps of 1e-2.
+    """
+    first, second = (load_file(folder / f"moving-{rank}.safetensors") for rank in (0, 1))
+    assert difference(first, second) == 0.0
+    alone = moving(folder / "moving-alone", batch=4)
+    alone.train()
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(value == 0, first[name] == 0), name
+        assert torch.allclose(value, first[name], rtol=0, atol=1e-6), name
+    scores, single = (load_file(folder / run / "checkpoint-5" / FILE) for run in ("moving", "moving-alone"))
+    assert len(scores) == 5 * 14  # weights of two blocks
+    assert all(torch.allclose(value, single[name], rtol=0, atol=2e-5) for name, value in scores.items())
+
+
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """Both hold the same weights, zeros and ranges; together they do what one does with twice the batch.
 
@@ -155,6 +172,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert all(one["student_wrapped"] for one in told)
     assert all("whole weights; FSDP" in one["refusal"] for one in told)
 
+    check_movement(tmp_path)
     alone = in_step(tmp_path / "alone", batch=8)
     alone.train()
     single = {name: value.detach() for name, value in alone.model.state_dict().items()}

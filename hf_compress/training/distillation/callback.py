@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
@@ -25,6 +24,8 @@ from .teacher import without_labels
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationState(CompressionCallback):
@@ -93,7 +94,7 @@ class DistillationState(CompressionCallback):
         **kwargs: Any,
     ) -> None:
         """Check the student also where it is another one than at first, as `model_init` makes it."""
-        if model is not None:
+        if model is not None and self._prepared is not None:  # else it was added too late, which the base refuses
             self.prepare(bare(model))
         super().on_train_begin(args, state, control, model, optimizer, **kwargs)
 
@@ -120,7 +121,10 @@ class DistillationCallback(DistillationState):
 
     While it trains, what the model returns as its loss holds the teacher's share; `eval_loss` is the task's own. It
     agrees bit by bit with `DistillationTrainer`, which alone knows losses on hidden states and relations, label
-    smoothing and `compute_loss_func`.
+    smoothing, `compute_loss_func` and Trainers that compute the loss themselves.
+
+    Hooks on the model do it. They act in the forward passes of training steps only, and do nothing any more where
+    training is interrupted in a forward or backward pass or between steps.
 
     Args:
         teacher: The teacher, of any type, quantized or not.
@@ -148,6 +152,7 @@ class DistillationCallback(DistillationState):
                 "use DistillationTrainer(teacher=..., distillation=...)",
             )
         self._handles: list[RemovableHandle] = []
+        self._hooks = _Hooks()
 
     def on_train_begin(
         self,
@@ -169,9 +174,9 @@ class DistillationCallback(DistillationState):
                 f"With label_smoothing_factor={args.label_smoothing_factor} the Trainer computes the loss itself.",
                 "use DistillationTrainer(teacher=..., distillation=...)",
             )
-        if "hf_device_map" not in vars(self.distiller.teacher.model):
-            self.distiller.teacher.model.to(args.device)
+        self.distiller.teacher.place(args.device)
         if model is not None:
+            self._warn_of_dropped(model, args)
             self._hook(bare(model))
 
     def on_train_end(
@@ -179,10 +184,65 @@ class DistillationCallback(DistillationState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         """Remove the hooks."""
         self._unhook()
+        super().on_train_end(args, state, control, model, **kwargs)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Let the hooks act."""
+        self._hooks.reached = False
+        self._hooks.live = True
+
+    def on_substep_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Let the hooks act in the next batch of the step."""
+        self._hooks.live = True
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse to take a step that learns nothing of the teacher.
+
+        Raises:
+            TrainerError: The Trainer's loss is not the one that the model returned.
+            LossError: A gradient is NaN or infinite.
+        """
+        self._hooks.live = False
+        if not self._hooks.reached:
+            raise TrainerError(
+                "The step learns nothing of the teacher: the Trainer computes a loss of its own, not from the `loss` "
+                "of the model's outputs, or doesn't call the model with keyword arguments.",
+                "use DistillationTrainer(teacher=..., distillation=...), or put DistillationMixin before your Trainer",
+            )
+        super().on_pre_optimizer_step(args, state, control, model, **kwargs)
+
+    def _warn_of_dropped(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Say where the teacher misses which sentence of a pair a token is of."""
+        if args.remove_unused_columns and "token_type_ids" in self.distiller.only_taught(model):
+            logger.warning(
+                "The teacher takes token_type_ids, but %s doesn't, so the Trainer drops them from the data. For pairs "
+                "of sentences use DistillationTrainer, which keeps them for the teacher.",
+                type(without_adapters(bare(model))).__name__,
+            )
 
     def _unhook(self) -> None:
         """Remove the hooks, if there are any."""
@@ -191,51 +251,82 @@ class DistillationCallback(DistillationState):
         self._handles = []
 
     def _hook(self, model: nn.Module) -> None:
-        """Add the hooks: one keeps the number of items from the model, the other one adds the loss.
-
-        The model then returns a mean over the batch, which is scaled here, as the mixin does. They are functions, not
-        methods: a copy of the model copies its hooks, but not what functions refer to, such as the teacher.
-        """
+        """Add the hooks."""
         self._unhook()
-        names = find_labels(type(without_adapters(model)))
-        running: list[dict[str, Any]] = []
-
-        @torch.compiler.disable
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not module.training or args:
-                return None
-            running[:] = [dict(kwargs)]
-            if self.distiller.config.alpha == 1:
-                return args, without_labels(without_adapters(module), kwargs, names)
-            return args, {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
-
-        @torch.compiler.disable
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return self._with_loss(module, output, running.pop(), names) if module.training and running else None
-
+        self._hooks = _Hooks(self.distiller, find_labels(type(without_adapters(model))))
         self._handles = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
+            model.register_forward_pre_hook(self._hooks.before, with_kwargs=True),
+            model.register_forward_hook(self._hooks.after, with_kwargs=True),
         ]
 
-    def _with_loss(self, model: nn.Module, output: Any, batch: dict[str, Any], names: list[str]) -> Outputs:
+
+class _Hooks:
+    """What a model does in training steps: one hook keeps the number of items from it, the other one adds the loss.
+
+    The model then returns a mean over the batch, which is scaled here, as the mixin does. A copy of the model shares
+    them, and so the teacher; a pickled one has hooks that do nothing.
+
+    Args:
+        distiller: The teacher and what is learned of it; None for hooks that do nothing.
+        labels: Names of the model's labels.
+
+    Attributes:
+        live: Whether they act: from the begin of a batch until its gradients are computed.
+        reached: Whether the loss has got a gradient in this step.
+    """
+
+    def __init__(self, distiller: Distiller | None = None, labels: Sequence[str] = ()) -> None:
+        self.distiller = distiller
+        self.labels = labels
+        self.live = False
+        self.reached = False
+        self._running: dict[str, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Hooks], tuple[()]]:
+        return _Hooks, ()
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments without what asks for a sum, or for a loss that counts for nothing."""
+        self._running = None
+        if self.distiller is None or not self.live or not module.training or args:
+            return None
+        self.live = False  # until the forward pass has ended, which an error may keep it from
+        self._running = dict(kwargs)
+        if self.distiller.config.alpha == 1:
+            return args, without_labels(without_adapters(module), kwargs, self.labels)
+        return args, {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The outputs with the loss that the student is to learn from."""
+        if self.distiller is None or self._running is None:
+            return None
+        batch, self._running = self._running, None
+        made = self._with_loss(self.distiller, module, output, batch)
+        self.live = True
+        return made
+
+    def _with_loss(self, distiller: Distiller, model: nn.Module, output: Any, batch: dict[str, Any]) -> Outputs:
+        """The outputs with the loss, which tells when its gradient is computed."""
         items_of_step = batch.pop("num_items_in_batch", None)
-        with _as_the_student(next(model.parameters()).device):
-            taught = self.distiller.teach(model, batch, names)
+        taught = distiller.teach(model, batch, self.labels)
         task = output.get("loss") if isinstance(output, Mapping) else None
-        if task is None and self.distiller.config.alpha < 1:
+        if task is None and distiller.config.alpha < 1:
             raise TrainerError(
                 f"{type(model).__name__} returned no loss in training: the batch holds {', '.join(batch)}.",
-                "add labels, use DistillationTrainer with compute_loss_func, or DistillationConfig(alpha=1.0)",
+                "add labels; with compute_loss_func, use DistillationTrainer; for rows without labels, "
+                "DistillationConfig(alpha=1.0)",
             )
-        loss = self.distiller.loss(model, output, taught, batch, task, items_of_step)
+        loss = distiller.loss(model, output, taught, batch, task, items_of_step)
+        if loss.requires_grad:
+            loss.register_hook(self._reach)
         return type(output)(**{**output, "loss": loss})
 
-
-def _as_the_student(device: torch.device) -> AbstractContextManager[None]:
-    """The mixed precision that accelerate gives the student."""
-    types = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    found = types.get(str(AcceleratorState().mixed_precision))
-    context: AbstractContextManager[None] = torch.autocast(device.type, dtype=found, enabled=found is not None)
-    return context
+    def _reach(self, gradient: Tensor) -> None:
+        """Note that the loss is the one that is learned from."""
+        self.reached = True
+        self.live = False

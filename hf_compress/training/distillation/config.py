@@ -40,7 +40,9 @@ class DistillationConfig(Settings):
     Attributes:
         temperature: What both logits are divided by; 1 leaves them as they are.
         alpha: Weight of the loss on the outputs. With 1 the task's own loss is not computed, so rows need no labels;
-            where they have some, these only tell which tokens count.
+            where they have some, these only tell which tokens count. With 0 the teacher's outputs are not compared:
+            it may have another head, or none, to learn from its layers by `hidden` or `relations`, also without
+            labels.
         loss: `"forward_kl"` KL(teacher‖student); `"reverse_kl"` KL(student‖teacher); `"jsd"` the generalised
             Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649, equation 1).
         beta: Weight of the teacher in the mixture of `"jsd"`; its end points 0 and 1 are forward and reverse KL.

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...core.errors import TeacherError, TrainerError
+from ...core.errors import ConfigError, TeacherError, TrainerError
 from ..callback import bare
 from .config import DistillationConfig
 from .matching import Matching, Watched
 from .tasks import Outputs, Pair, compare, without_adapters
 from .teacher import Teacher, check_finite, check_pair, without_labels
+
+_SAMPLE = 64
+"""Values of each of a teacher's tensors that its checksum is of."""
 
 
 class Distiller:
@@ -28,6 +33,7 @@ class Distiller:
 
     Raises:
         TeacherError: There is no teacher, or none with values.
+        ConfigError: The configuration or the tokenizer is something else.
     """
 
     def __init__(
@@ -38,6 +44,16 @@ class Distiller:
     ) -> None:
         if teacher is None:
             raise TeacherError("There is no teacher.", "pass teacher=AutoModelForSequenceClassification...")
+        if config is not None and not isinstance(config, DistillationConfig):
+            raise ConfigError(
+                f"The configuration is a {type(config).__name__}, not a DistillationConfig.",
+                "DistillationConfig(**values)" if isinstance(config, Mapping) else "DistillationConfig(alpha=0.5)",
+            )
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError(
+                f"teacher_tokenizer is a {type(tokenizer).__name__}, not a tokenizer.",
+                "teacher_tokenizer=AutoTokenizer.from_pretrained(...)",
+            )
         self.config = config or DistillationConfig()
         self.teacher = Teacher(teacher, tokenizer)
         self.matching: Matching | None = None
@@ -53,10 +69,14 @@ class Distiller:
         Raises:
             TeacherError: It can't.
         """
-        self._size = check_pair(student, self.teacher, tokenizer)
-        hidden, relations = self.config.hidden, self.config.relations
-        if hidden is not None or relations is not None:
-            self.matching = Matching(bare(student), self.teacher.plain, hidden, relations)
+        self._size = check_pair(student, self.teacher, tokenizer, outputs=self.config.alpha > 0)
+        if self.layered:
+            self.matching = Matching(bare(student), self.teacher.plain, self.config.hidden, self.config.relations)
+
+    @property
+    def layered(self) -> bool:
+        """Whether layers are compared."""
+        return self.config.hidden is not None or self.config.relations is not None
 
     @contextmanager
     def watching(self, *running: nn.Module) -> Iterator[Watched | None]:
@@ -137,17 +157,40 @@ class Distiller:
             return loss
         return loss + (1 - self.config.alpha) * _mean(plain, task, items) * (items / divisor)
 
+    def only_taught(self, student: nn.Module) -> frozenset[str]:
+        """Names of the arguments that the teacher takes and a student doesn't, such as token types.
+
+        Args:
+            student: The student, with or without wrappers.
+        """
+        return self.teacher.alone_takes(without_adapters(bare(student)))
+
     def settings(self) -> dict[str, Any]:
         """The configuration and what the teacher is, as JSON types."""
-        values = sum(value.numel() for value in (*self.teacher.model.parameters(), *self.teacher.model.buffers()))
-        return {
-            **self.config.model_dump(mode="json"),
-            "teacher": f"{type(self.teacher.plain).__name__} of {values} values",
-        }
+        return {**self.config.model_dump(mode="json"), "teacher": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """What tells a teacher from another one: its class, its size, and a checksum of values all over its tensors.
+
+        Some values of each tensor, evenly spaced, so that a large teacher costs no more than a small one; training
+        changes nearly all values of what it trains.
+        """
+        values, checksum = 0, 0
+        for value in (*self.teacher.model.parameters(), *self.teacher.model.buffers()):
+            values += value.numel()
+            flat = value.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // _SAMPLE)].contiguous().cpu()
+            checksum = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), checksum)
+        return f"{type(self.teacher.plain).__name__} of {values} values, checksum {checksum:08x}"
 
 
 def _mean(model: nn.Module, loss: Tensor, items: Tensor) -> Tensor:
-    """The task's own loss as a mean over its items; that of CTC may be a sum."""
+    """The task's own loss as a mean over its items; that of CTC may be a sum.
+
+    With `ctc_loss_reduction="mean"` it is a mean over rows, each divided by its length, and is left so: as the loss of
+    a batch it is the stock one, but batches of a step are weighted by their labels, not by their rows.
+    """
     if not isinstance(model, PreTrainedModel) or "CTC" not in type(model).__name__:
         return loss
     return loss / items if model.config.to_dict().get("ctc_loss_reduction") == "sum" else loss

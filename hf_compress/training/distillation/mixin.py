@@ -28,13 +28,17 @@ class DistillationMixin(_Base):
     To be put in front of `Trainer`, `Seq2SeqTrainer`, or a Trainer of another package: `class Mine(DistillationMixin,
     Seq2SeqTrainer)`. While the student trains, the loss is what `DistillationConfig` says; evaluation computes the
     task's own, so that `eval_loss` compares with that of a run without a teacher. The teacher sees the rows that the
-    student sees, in its own data type, without gradients; it is no part of the student, of its checkpoints, of its
-    optimizer or of what DDP wraps.
+    student sees, under the run's mixed precision, without gradients; its weights keep their data type. It is no part
+    of the student, of its checkpoints, of its optimizer or of what DDP wraps.
 
     All losses are sums over what has a label, divided by the number of labels of the whole optimizer step, so they
     don't depend on padding or on how the step is split into batches. That also holds for the task's own loss of models
     that ignore `num_items_in_batch`. Where the Trainer can't count labels, as for answers to questions or rows without
-    labels, each batch counts by its own mean; so it does with `compute_loss_func`, whose loss is taken as it is.
+    labels, each batch counts by its own mean; so it does with `compute_loss_func`, whose loss is taken as it is. CTC's
+    own loss with `ctc_loss_reduction="mean"` divides each row by its length, which no number of labels undoes: batches
+    count by their labels then, and the split of a step matters; `"sum"` gives the loss per label.
+
+    Columns of the data that only the teacher takes, such as `token_type_ids`, are kept for it.
 
     Args:
         *args: Of the Trainer.
@@ -49,6 +53,8 @@ class DistillationMixin(_Base):
         TrainerError: A `DistillationCallback` would count the loss twice, or the Trainer uses `nn.DataParallel`.
         UnsupportedModelError: Layers are to be compared, but can't be found.
     """
+
+    _signature_columns: list[str] | None  # the Trainer's, which has no type
 
     def __init__(
         self,
@@ -70,9 +76,7 @@ class DistillationMixin(_Base):
         self._kept.on_init_end(  # which it has missed
             self.args, self.state, self.control, model=self.model, processing_class=self.processing_class
         )
-        self.distiller.teacher.model = self.accelerator.prepare_model(
-            self.distiller.teacher.model, evaluation_mode=True
-        )
+        self.distiller.teacher.place(self.args.device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, and tell where a checkpoint lies that is not in `output_dir`.
@@ -88,6 +92,30 @@ class DistillationMixin(_Base):
         given = not isinstance(resume_from_checkpoint, bool) and resume_from_checkpoint is not None
         self._kept.resume_from = Path(str(resume_from_checkpoint)) if given else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Predict, without what only the teacher takes.
+
+        Args:
+            model: The student.
+            inputs: Forward arguments with labels.
+            *args: Of the Trainer's own method.
+            **kwargs: The same.
+        """
+        return super().prediction_step(model, self._own_inputs(inputs), *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep columns of the data that only the teacher takes, such as token types."""
+        unset = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if unset:
+            further = sorted(self.distiller.only_taught(self.model))
+            self._signature_columns = [*(self._signature_columns or ()), *further]
+
+    def _own_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the student is given of a batch: all but what only the teacher takes."""
+        foreign = self.distiller.only_taught(self.model) - {*self.label_names, "labels"}
+        return {name: value for name, value in inputs.items() if name not in foreign}
 
     def compute_loss(
         self,
@@ -114,13 +142,17 @@ class DistillationMixin(_Base):
         """
         if not model.training:
             return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+                model,
+                self._own_inputs(inputs),
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
             )
         batch = dict(inputs)  # the Trainer takes labels out of the one that it is given
         scaled = self._counts_as_scaled(num_items_in_batch)
         items = num_items_in_batch if scaled else None
         with self.distiller.watching(model, self.distiller.teacher.model) as watched:
-            task, outputs = self._of_the_student(model, dict(inputs), num_items_in_batch, **kwargs)
+            task, outputs = self._of_the_student(model, self._own_inputs(inputs), num_items_in_batch, **kwargs)
             taught = self.distiller.teach(model, batch, self.label_names)
         mean = None if self.compute_loss_func is not None else task
         steps = self.current_gradient_accumulation_steps if scaled and items is None else 1
@@ -139,13 +171,15 @@ class DistillationMixin(_Base):
         Raises:
             ConfigError: There is nothing to compute the task's loss from.
         """
-        if self.distiller.config.alpha == 1:
+        alpha = self.distiller.config.alpha
+        labelled = self.can_return_loss or any(name in inputs for name in (*self.label_names, "labels"))
+        if alpha == 1 or (alpha == 0 and self.distiller.layered and not labelled):
             plain = without_adapters(bare(model))
             return None, model(**without_labels(plain, inputs, self.label_names))
-        if not self.can_return_loss and not any(name in inputs for name in (*self.label_names, "labels")):
+        if not labelled:
             raise ConfigError(
-                f"alpha={self.distiller.config.alpha} takes a share of the task's own loss, but the batch holds no "
-                f"labels: {', '.join(inputs)}.",
+                f"alpha={alpha} takes a share of the task's own loss, but the batch holds no labels: "
+                f"{', '.join(inputs)}.",
                 "add labels, or learn from the teacher only: DistillationConfig(alpha=1.0)",
             )
         own = num_items_in_batch if self.compute_loss_func is not None else None

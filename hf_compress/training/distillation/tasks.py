@@ -89,6 +89,20 @@ class Pair:
     config: DistillationConfig
     size: int | None = None
 
+    def own(self, name: str = "logits") -> Tensor:
+        """Logits of the student.
+
+        Raises:
+            TrainerError: It returns none.
+        """
+        found = self.student.get(name)
+        if not isinstance(found, Tensor):
+            raise TrainerError(
+                f"{type(self.model).__name__} returned no {name}, only {', '.join(self.student)}.",
+                "train without use_liger_kernel, or choose the task that fits: DistillationConfig(task=...)",
+            )
+        return found
+
     def logits(self, name: str = "logits") -> tuple[Tensor, Tensor]:
         """Logits of student and teacher, of equal shape but for entries beyond `size`.
 
@@ -96,12 +110,7 @@ class Pair:
             TrainerError: The student returns none.
             TeacherError: The teacher's have another shape.
         """
-        own, other = self.student.get(name), self.teacher.get(name)
-        if not isinstance(own, Tensor):
-            raise TrainerError(
-                f"{type(self.model).__name__} returned no {name}, only {', '.join(self.student)}.",
-                "train without use_liger_kernel, or choose the task that fits: DistillationConfig(task=...)",
-            )
+        own, other = self.own(name), self.teacher.get(name)
         if not isinstance(other, Tensor):
             raise TeacherError(f"The teacher returned no {name}, only {', '.join(self.teacher)}.", _SAME_HEAD)
         if own.shape[:-1] != other.shape[:-1] or (self.size is None and own.shape != other.shape):
@@ -177,85 +186,152 @@ def _token_task(model: PreTrainedModel) -> Task | None:
 def compare(pair: Pair) -> Outcome:
     """How far a student's outputs are from a teacher's, by the task's own rules.
 
+    With alpha=0 what counts is only told from the student's outputs, so the teacher needs no head that compares.
+
     Raises:
-        HFCompressError: The outputs don't fit together, or the task can't be told.
+        HFCompressError: The outputs don't fit together or to the task, or the task can't be told.
     """
     task = pair.config.task
     if task == "auto":
         task = task_of(pair.model, pair.student, pair.labels)
-    return _RULES[task](pair if task in _OVER_VOCABULARY else replace(pair, size=None))
+    rule = _RULES[task]
+    _check_dimensions(pair, task, rule.dimensions)
+    counted = rule.counted(pair)
+    items = rule.items(pair, counted)
+    if pair.config.alpha == 0:
+        return Outcome(_nothing(pair.student), items)
+    return Outcome(rule.total(pair if task in _OVER_VOCABULARY else replace(pair, size=None), counted), items)
 
 
-def _classes(pair: Pair) -> Outcome:
+@dataclass(frozen=True)
+class _Rule:
+    """How the outputs of a task are compared.
+
+    Attributes:
+        counted: Which of the student's outputs count, bool, the rows first.
+        total: The sum over them.
+        items: What it is to be divided by, for each row, int64.
+        dimensions: Those of the logits; None where they may have any, or there are none.
+    """
+
+    counted: Callable[[Pair], Tensor]
+    total: Callable[[Pair, Tensor], Tensor]
+    items: Callable[[Pair, Tensor], Tensor]
+    dimensions: int | None = None
+
+
+def _check_dimensions(pair: Pair, task: Task, dimensions: int | None) -> None:
+    """Refuse a task that is not that of the student: its labels would be read as those of other outputs.
+
+    Raises:
+        TrainerError: The logits have more or fewer dimensions.
+    """
+    logits = pair.student.get("logits")
+    if dimensions is None or not isinstance(logits, Tensor) or logits.ndim == dimensions:
+        return
+    raise TrainerError(
+        f"The task {task!r} takes logits of {dimensions} dimensions, but those of {type(pair.model).__name__} have "
+        f"the shape {tuple(logits.shape)}.",
+        'name the task that fits, or let it be told: DistillationConfig(task="auto")',
+    )
+
+
+def _as_counted(pair: Pair, counted: Tensor) -> Tensor:
+    """As many items as outputs count."""
+    return counted.reshape(len(counted), -1).sum(dim=1)
+
+
+def _nothing(outputs: Outputs) -> Tensor:
+    """0 with a gradient of zeros for the student, so that a batch without labels has a backward pass, too."""
+    floating = (value for value in outputs.values() if isinstance(value, Tensor) and value.is_floating_point())
+    return _wide(next(value for value in floating if value.ndim).reshape(-1)[:0].sum())
+
+
+def _answers(pair: Pair) -> Tensor:
+    """Each row counts once, labelled or not."""
+    return torch.ones_like(pair.own("start_logits")[:, 0], dtype=torch.bool)
+
+
+def _vectors(pair: Pair) -> Tensor:
+    """One embedding per row."""
+    own = _embedding(pair, pair.student)
+    return torch.ones(len(own), dtype=torch.bool, device=own.device)
+
+
+def _classes(pair: Pair) -> Tensor:
     """One class per row."""
+    return _labelled(pair, pair.own()[..., 0])
+
+
+def _values(pair: Pair) -> Tensor:
+    """Several labels or numbers per row."""
+    return _labelled(pair, pair.own())
+
+
+def _tokens(pair: Pair) -> Tensor:
+    """Each token that has a label; each that is no padding, where no row has labels."""
+    return _labelled(pair, pair.own()[..., 0], _own_mask(pair))
+
+
+def _next_tokens(pair: Pair) -> Tensor:
+    """Each token whose successor has a label; each that has a successor, without labels."""
+    own = pair.own()[..., 0]
+    shifted = pair.batch.get("shift_labels")
+    if isinstance(shifted, Tensor):
+        return _counted(shifted, own)
+    if pair.labels is not None:
+        return _counted(_successors(pair.labels, IGNORED), own)
+    kept = _own_mask(pair)
+    kept = torch.ones_like(own, dtype=torch.bool) if kept is None else kept.to(own.device)
+    return kept & _successors(kept, False)
+
+
+def _frames(pair: Pair) -> Tensor:
+    """Each frame of a sound."""
+    own = pair.own()[..., 0]
+    kept = _frame_mask(pair, own.shape[1])
+    return torch.ones_like(own, dtype=torch.bool) if kept is None else kept.to(own.device)
+
+
+def _labels_of_frames(pair: Pair, counted: Tensor) -> Tensor:
+    """As many items as labels, as a CTC loss per label; as frames, without labels."""
+    if pair.labels is None:
+        return _as_counted(pair, counted)
+    return (pair.labels != IGNORED).sum(dim=1).to(counted.device)
+
+
+def _diverge(pair: Pair, counted: Tensor) -> Tensor:
+    """The divergence of distributions: over classes, tokens, or the labels of a frame, the blank included."""
     own, other = pair.logits()
-    counted = _labelled(pair, own[..., 0])
-    return _diverge(pair, own, other, counted)
+    return _divergence(pair, own, other, counted)
 
 
-def _labels(pair: Pair) -> Outcome:
-    """Several labels per row: the divergence of each sigmoid, which is a softmax over the logit and 0."""
+def _diverge_labels(pair: Pair, counted: Tensor) -> Tensor:
+    """The divergence of each label's sigmoid, which is a softmax over the logit and 0."""
+    own, other = (torch.stack((value, torch.zeros_like(value)), dim=-1) for value in pair.logits())
+    return _divergence(pair, own, other, counted)
+
+
+def _square(pair: Pair, counted: Tensor) -> Tensor:
+    """The squared error of numbers."""
     own, other = pair.logits()
-    counted = _labelled(pair, own)
-    pairs = [torch.stack((value, torch.zeros_like(value)), dim=-1) for value in (own, other)]
-    return _diverge(pair, pairs[0], pairs[1], counted)
+    return ((_wide(own) - _wide(other)).square() * counted).sum()
 
 
-def _values(pair: Pair) -> Outcome:
-    """Numbers: the squared error."""
-    own, other = pair.logits()
-    apart = (_wide(own) - _wide(other)).square()
-    counted = _labelled(pair, own)
-    return Outcome((apart * counted).sum(), counted.flatten(1).sum(dim=1))
-
-
-def _spans(pair: Pair) -> Outcome:
-    """Start and end of an answer: distributions over the tokens of a row, without padding."""
+def _diverge_spans(pair: Pair, counted: Tensor) -> Tensor:
+    """The divergence of start and end of an answer: distributions over the tokens of a row, without padding."""
     kept = _own_mask(pair)
     totals = []
     for name in ("start_logits", "end_logits"):
         own, other = pair.logits(name)
         if kept is not None:
             own, other = (value.masked_fill(~kept, _lowest(value)) for value in (own, other))
-        rows = torch.arange(len(own), device=own.device)
-        totals.append(Divergence.of(pair.config)(own, other, rows).sum())
-    return Outcome((totals[0] + totals[1]) / 2, torch.ones(len(own), dtype=torch.int64, device=own.device))
+        totals.append(_divergence(pair, own, other, counted))
+    return (totals[0] + totals[1]) / 2
 
 
-def _tokens(pair: Pair) -> Outcome:
-    """A distribution for each token that has a label; for each that is no padding, where no row has labels."""
-    own, other = pair.logits()
-    return _diverge(pair, own, other, _labelled(pair, own[..., 0], _own_mask(pair)))
-
-
-def _next_tokens(pair: Pair) -> Outcome:
-    """A distribution for each token whose successor has a label; for each that has a successor, without labels."""
-    own, other = pair.logits()
-    shifted = pair.batch.get("shift_labels")
-    if isinstance(shifted, Tensor):
-        labels: Tensor | None = shifted
-    else:
-        labels = None if pair.labels is None else _successors(pair.labels, IGNORED)
-    if labels is not None:
-        return _diverge(pair, own, other, _counted(labels, own[..., 0]))
-    kept = _own_mask(pair)
-    kept = torch.ones_like(own[..., 0], dtype=torch.bool) if kept is None else kept
-    return _diverge(pair, own, other, kept & _successors(kept, False))
-
-
-def _frames(pair: Pair) -> Outcome:
-    """A distribution for each frame of a sound, the blank included; divided by the labels, as a CTC loss per label."""
-    own, other = pair.logits()
-    kept = _frame_mask(pair, own.shape[1])
-    kept = torch.ones_like(own[..., 0], dtype=torch.bool) if kept is None else kept.to(own.device)
-    made = _diverge(pair, own, other, kept)
-    if pair.labels is None:
-        return made
-    return Outcome(made.total, (pair.labels != IGNORED).sum(dim=1).to(own.device))
-
-
-def _vectors(pair: Pair) -> Outcome:
-    """One embedding per row."""
+def _apart(pair: Pair, counted: Tensor) -> Tensor:
+    """The distance of one embedding per row."""
     own, other = (_wide(_embedding(pair, outputs)) for outputs in (pair.student, pair.teacher))
     other = other.to(own.device)
     if own.shape != other.shape:
@@ -264,34 +340,30 @@ def _vectors(pair: Pair) -> Outcome:
             "learn from its hidden states, which are projected: alpha=0.0, hidden=HiddenConfig()",
         )
     if pair.config.embedding == "cosine":
-        apart = 1 - torch.cosine_similarity(own, other, dim=-1)
-    else:
-        apart = (own - other).square().mean(dim=-1)
-    return Outcome(apart.sum(), torch.ones(len(own), dtype=torch.int64, device=own.device))
+        return (1 - torch.cosine_similarity(own, other, dim=-1)).sum()
+    return (own - other).square().mean(dim=-1).sum()
 
 
-_RULES: dict[Task, Callable[[Pair], Outcome]] = {
-    "classification": _classes,
-    "multi_label": _labels,
-    "regression": _values,
-    "token_classification": _tokens,
-    "question_answering": _spans,
-    "masked_lm": _tokens,
-    "causal_lm": _next_tokens,
-    "seq2seq_lm": _tokens,
-    "ctc": _frames,
-    "embeddings": _vectors,
+_RULES: dict[Task, _Rule] = {
+    "classification": _Rule(_classes, _diverge, _as_counted, 2),
+    "multi_label": _Rule(_values, _diverge_labels, _as_counted, 2),
+    "regression": _Rule(_values, _square, _as_counted),
+    "token_classification": _Rule(_tokens, _diverge, _as_counted, 3),
+    "question_answering": _Rule(_answers, _diverge_spans, _as_counted),
+    "masked_lm": _Rule(_tokens, _diverge, _as_counted, 3),
+    "causal_lm": _Rule(_next_tokens, _diverge, _as_counted, 3),
+    "seq2seq_lm": _Rule(_tokens, _diverge, _as_counted, 3),
+    "ctc": _Rule(_frames, _diverge, _labels_of_frames, 3),
+    "embeddings": _Rule(_vectors, _apart, _as_counted),
 }
 _OVER_VOCABULARY: tuple[Task, ...] = ("masked_lm", "causal_lm", "seq2seq_lm")
 
 
-def _diverge(pair: Pair, own: Tensor, other: Tensor, counted: Tensor) -> Outcome:
-    """The divergence where it counts: logits with one dimension more than the mask."""
-    counted = counted.to(own.device)
+def _divergence(pair: Pair, own: Tensor, other: Tensor, counted: Tensor) -> Tensor:
+    """The sum of the divergence where it counts: logits with one dimension more than the mask."""
     rows = counted.reshape(-1).nonzero().squeeze(1)
     kind = Divergence.of(pair.config, pair.size)
-    values = kind(own.reshape(-1, own.shape[-1]), other.reshape(-1, other.shape[-1]), rows)
-    return Outcome(values.sum(), counted.reshape(len(counted), -1).sum(dim=1))
+    return kind(own.reshape(-1, own.shape[-1]), other.reshape(-1, other.shape[-1]), rows).sum()
 
 
 def _labelled(pair: Pair, like: Tensor, otherwise: Tensor | None = None) -> Tensor:

@@ -6,10 +6,12 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
@@ -56,10 +58,17 @@ class Teacher:
         self.tokenizer = tokenizer or tokenizer_beside(model)
         self.plain = without_adapters(bare(model))
         self._arguments, self._takes_more = _arguments(type(self.plain).forward)
-        self._reach = _setting(self.plain, "max_position_embeddings")
+        self._reach = _reach(self.plain)
+        targets = _setting(self.plain, "max_target_positions")
+        self._reach_of_decoder = targets if isinstance(targets, int) else self._reach
+
+    def place(self, device: torch.device) -> None:
+        """Move it to the student's device, where it is not spread over devices of its own."""
+        if "hf_device_map" not in vars(self.model):
+            self.model.to(device)
 
     def __call__(self, batch: Mapping[str, Any], student: nn.Module) -> Outputs:
-        """Its outputs for a batch of the student.
+        """Its outputs for a batch of the student, under the mixed precision that accelerate gives the student.
 
         Args:
             batch: Forward arguments of the student, without labels.
@@ -75,11 +84,20 @@ class Teacher:
             given["use_cache"] = False
         if self.model.training:
             self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _mixed_precision(next(student.parameters()).device):
             made = self.model(**given)
         if not isinstance(made, Mapping):
             raise TeacherError(f"The teacher returns a {type(made).__name__}.", "teacher.config.return_dict = True")
         return made
+
+    def alone_takes(self, student: nn.Module) -> frozenset[str]:
+        """Names of the arguments that it takes and a student doesn't, such as token types.
+
+        Args:
+            student: The student, without wrappers.
+        """
+        known, _ = _arguments(type(student).forward)
+        return self._arguments - known - frozenset(_ASK_FOR_LOSS)
 
     def _takes(self, name: str, known: Collection[str]) -> bool:
         """Whether it takes an argument: by name or, as the student does, among its further ones."""
@@ -87,12 +105,21 @@ class Teacher:
 
     def _check_length(self, batch: Mapping[str, Any]) -> None:
         """Refuse rows that are longer than its positions reach."""
-        ids = batch.get("input_ids")
-        if isinstance(ids, Tensor) and isinstance(self._reach, int) and ids.shape[-1] > self._reach > 0:
-            raise TeacherError(
-                f"Rows of {ids.shape[-1]} tokens, but the teacher reads at most {self._reach}.",
-                f"cut them: tokenizer(..., truncation=True, max_length={self._reach})",
-            )
+        for name, reach in (("input_ids", self._reach), ("decoder_input_ids", self._reach_of_decoder)):
+            ids = batch.get(name)
+            if isinstance(ids, Tensor) and reach is not None and ids.shape[-1] > reach > 0:
+                raise TeacherError(
+                    f"Rows of {ids.shape[-1]} tokens in {name}, but the teacher reads at most {reach}.",
+                    f"cut them: tokenizer(..., truncation=True, max_length={reach})",
+                )
+
+
+def _mixed_precision(device: torch.device) -> AbstractContextManager[None]:
+    """The mixed precision of the run; the model itself stays as it is, other than what accelerate prepares."""
+    types = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    found = types.get(str(AcceleratorState().mixed_precision)) if is_initialized() else None
+    context: AbstractContextManager[None] = torch.autocast(device.type, dtype=found, enabled=found is not None)
+    return context
 
 
 def without_labels(student: nn.Module, batch: Mapping[str, Any], names: Collection[str] = ()) -> dict[str, Any]:
@@ -124,23 +151,24 @@ def check_finite(outputs: Outputs) -> None:
     """Blame the teacher for a loss that is not finite, if it is its fault.
 
     Raises:
-        LossError: An output holds NaN.
+        LossError: An output holds NaN or infinity; minus infinity is what masks a logit.
     """
     for name, value in outputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+        if isinstance(value, Tensor) and value.is_floating_point() and bool((value.isnan() | value.isposinf()).any()):
             raise LossError(
-                f"The teacher's {name} hold NaN. The student has the weights of its last step.",
+                f"The teacher's {name} hold NaN or infinity. The student has the weights of its last step.",
                 "load the teacher in another type: dtype=torch.float32",
             )
 
 
-def check_pair(student: nn.Module, teacher: Teacher, tokenizer: Any = None) -> int | None:
+def check_pair(student: nn.Module, teacher: Teacher, tokenizer: Any = None, outputs: bool = True) -> int | None:
     """Check that a student can learn from a teacher.
 
     Args:
         student: The student.
         teacher: The teacher.
         tokenizer: What the Trainer processes rows with, or None.
+        outputs: Whether outputs are compared, so that labels and blanks are to be the same.
 
     Returns:
         How many entries of the vocabulary both have, where one's is padded to another size; None where the sizes are
@@ -151,11 +179,12 @@ def check_pair(student: nn.Module, teacher: Teacher, tokenizer: Any = None) -> i
     """
     own = without_adapters(bare(student))
     _check_apart(own, teacher.plain)
-    _check_labels(own, teacher.plain)
-    if "CTC" in type(own).__name__:
+    if outputs:
+        _check_labels(own, teacher.plain)
+    if outputs and "CTC" in type(own).__name__:
         _check_blank(own, teacher.plain)
-    reach = [_setting(model, "max_position_embeddings") for model in (own, teacher.plain)]
-    if isinstance(reach[0], int) and isinstance(reach[1], int) and reach[1] < reach[0]:
+    reach = _reach(own), _reach(teacher.plain)
+    if reach[0] is not None and reach[1] is not None and reach[1] < reach[0]:
         logger.warning(
             "The teacher reads at most %d tokens, the student %d; longer rows are refused.", *reversed(reach)
         )
@@ -177,21 +206,27 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def _check_labels(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse classes of another number or in another order."""
+    """Refuse classes of another number or under other indices."""
     if "Classification" not in type(student).__name__:
         return
-    own, other = _setting(student, "id2label"), _setting(teacher, "id2label")
-    if not isinstance(own, dict) or not isinstance(other, dict):
+    own, other = _labels(student), _labels(teacher)
+    if own is None or other is None:
         return
-    named = not any(str(label).startswith("LABEL_") for label in (*own.values(), *other.values()))
-    if len(own) == len(other) and (not named or list(own.values()) == list(other.values())):
+    named = not any(label.startswith("LABEL_") for label in (*own, *other))
+    if len(own) == len(other) and (not named or own == other):
         return
     raise TeacherError(
-        f"The outputs are compared label by label, but the student's are {listed(map(str, own.values()))}, the "
-        f"teacher's {listed(map(str, other.values()))}.",
+        f"The outputs are compared label by label, but the student's are {listed(own)}, the teacher's "
+        f"{listed(other)}.",
         "from_pretrained(student, id2label=teacher.config.id2label, label2id=teacher.config.label2id), and encode the "
         "data so",
     )
+
+
+def _labels(model: nn.Module) -> list[str] | None:
+    """Names of a model's classes in the order of its outputs, whatever the order of their listing."""
+    found = _setting(model, "id2label")
+    return [str(found[index]) for index in sorted(found, key=int)] if isinstance(found, dict) else None
 
 
 def _check_blank(student: nn.Module, teacher: nn.Module) -> None:
@@ -266,11 +301,33 @@ _TOKENIZER = "tokenizer_config.json"
 
 
 def _setting(model: nn.Module, name: str) -> Any:
-    """A value of a model's configuration, of its text part where it has one; None without it."""
+    """A value of a model's configuration, of its text part where it has one; None without it.
+
+    The configuration may keep it under a name of its own, such as GPT-2's `n_positions` for `max_position_embeddings`.
+    """
     if not isinstance(model, PreTrainedModel):
         return None
-    found = model.config.to_dict().get(name)
-    return model.config.get_text_config().to_dict().get(name) if found is None else found
+    for config in (model.config, model.config.get_text_config()):
+        found = config.to_dict().get(config.attribute_map.get(name, name))
+        if found is not None:
+            return found
+    return None
+
+
+def _reach(model: nn.Module) -> int | None:
+    """How many tokens a model's positions reach; None where nothing tells.
+
+    Where the table of positions has a padding index, as in RoBERTa, positions are counted from the one after it.
+    """
+    positions = _setting(model, "max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            padding = module.padding_idx
+            if padding is not None and module.num_embeddings == positions:
+                return positions - padding - 1
+    return positions
 
 
 @functools.cache

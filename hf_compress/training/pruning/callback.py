@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ...core.errors import ConfigError, TrainerError
+from ...core.errors import ConfigError, HFCompressError, TrainerError
 from ...modules.results import check_values
 from ..callback import CompressionCallback, bare
 from ..state import Section
@@ -21,14 +24,25 @@ from .config import PruningConfig
 from .masks import lowest, lowest_with_floors
 from .movement import Scores
 from .report import PruningReport, count_zeros, model_size
-from .resume import ambiguous, masks_of
+from .resume import ambiguous, check_held, masks_of
 from .schedule import Schedule
-from .targets import Target, check_targets, find_targets
+from .targets import Target, check_targets, find_targets, left_dense
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class SwapsWeights(Protocol):
+    """An optimizer that evaluates other weights than it trains, as schedule-free ones do."""
+
+    def train(self) -> None:
+        """Put the weights that are trained into the parameters."""
+
+    def eval(self) -> None:
+        """Put the weights that are evaluated and saved into the parameters."""
 
 
 class PruningCallback(CompressionCallback):
@@ -67,10 +81,10 @@ class PruningCallback(CompressionCallback):
         self.config = PruningConfig() if config is None else config
         self.report: PruningReport | None = None
         self._targets: tuple[Target, ...] = ()
+        self._left_dense: Mapping[str, str] = {}
         self._size = 0
         self._schedule = Schedule(self.config, 0)
         self._keep: dict[str, Tensor] = {}
-        self._zeros = 0
         self._scores: Scores | None = None
         self._hooks: list[RemovableHandle] = []
 
@@ -82,7 +96,10 @@ class PruningCallback(CompressionCallback):
         """
         targets = find_targets(model, self.config)
         check_targets(model, targets, self.config)
+        self._release()
+        self.report = None
         self._targets, self._size = targets, model_size(model)
+        self._left_dense = left_dense(model, self.config)
 
     def settings(self) -> Mapping[str, Any]:
         """The configuration as JSON types."""
@@ -100,12 +117,20 @@ class PruningCallback(CompressionCallback):
         """Refuse what can't work, and take up a checkpoint's state.
 
         Raises:
-            TrainerError: Movement pruning with float16, or see the base.
+            TrainerError: Movement pruning with float16; an optimizer that evaluates other weights than it trains; or
+                see the base.
         """
         if args.fp16 and self.config.method == "movement":
             raise TrainerError(
                 "With fp16=True steps are skipped when its loss scale is too large, which movement scores can't know.",
                 'bf16=True, or method="magnitude"',
+            )
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        if isinstance(inner, SwapsWeights):
+            raise TrainerError(
+                f"{type(inner).__name__} evaluates and saves other weights than it trains, and would fill what is "
+                "pruned.",
+                'another optimizer, such as TrainingArguments(optim="adamw_torch")',
             )
         super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
 
@@ -113,15 +138,25 @@ class PruningCallback(CompressionCallback):
         """Resolve the schedule, and prune for the first time or take up what a checkpoint holds.
 
         Raises:
-            TrainerError: The model was packed at the end of an earlier training.
+            TrainerError: The model was packed or pruned at the end of an earlier training.
             ConfigError: The schedule is longer than the training, or ends before it starts.
             ResumeError: The checkpoint does not have the zeros that the schedule demands, or lacks scores.
         """
-        self._release()
         parameters = self._parameters(model)
+        schedule, step = Schedule(self.config, self.length), state.global_step
+        if section is None and self.report is not None and schedule.end > 0:
+            raise TrainerError(
+                "This callback has pruned the model in an earlier training; pruning it from the start again would let "
+                "it grow back first.",
+                'to train on with the same zeros: another Trainer, whose PruningConfig has method="magnitude", '
+                "start=0 and end=0",
+            )
+        if section is None and self._scores is not None:  # a training that was broken off
+            for name, parameter in parameters.items():
+                self._scores.give_back(name, parameter)
+        self._release()
         check_targets(model, self._targets, self.config)
-        self._schedule = Schedule(self.config, state.max_steps)
-        step = state.global_step
+        self._schedule = schedule
         if self.config.method == "movement" and not self._schedule.is_fixed(step):
             self._scores = Scores(parameters, self.config)
         if section is None:
@@ -129,15 +164,27 @@ class PruningCallback(CompressionCallback):
                 self._prune(model, step)
         else:
             self._take_up(parameters, step, section)
-        for name, parameter in parameters.items():
-            if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(self._masker(name))
-                self._hooks.append(hook)
 
     def tensors(self, model: nn.Module) -> Mapping[str, Tensor]:
         """Scores; and masks of weights that have more zeros than pruned values, which tell them apart."""
         scores = {} if self._scores is None else self._scores.tensors()
         return {**scores, **ambiguous(self._parameters(model), self._keep)}
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See to the gradients from the first step on, when no other callback can refuse the training any more."""
+        super().on_step_begin(args, state, control, model=model, **kwargs)
+        if model is None or self._hooks:
+            return
+        for name, parameter in self._parameters(bare(model)).items():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_masker(weakref.ref(self), name)))
 
     def on_pre_optimizer_step(
         self,
@@ -148,12 +195,13 @@ class PruningCallback(CompressionCallback):
         **kwargs: Any,
     ) -> None:
         """Move the scores, once gradients are known to be finite."""
-        super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+        with self._unhooked_on_error():
+            super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
         if model is None or self._scores is None:
             return
         for name, parameter in self._parameters(bare(model)).items():
             if not self._scores.is_taken(name):  # no gradient in the last batch of the step, only in earlier ones
-                self._scores.take(name, parameter)
+                self._scores.take(name, parameter, self._keep.get(name))
                 self._mask_gradient(name, parameter)
         self._scores.step()
 
@@ -172,7 +220,8 @@ class PruningCallback(CompressionCallback):
         step = state.global_step + 1  # the Trainer counts this one later
         self._uphold(bare(model))
         if self._schedule.is_due(step):
-            self._prune(bare(model), step)
+            with self._unhooked_on_error():
+                self._prune(bare(model), step)
         if self._schedule.is_fixed(step):
             self._scores = None
 
@@ -181,15 +230,18 @@ class PruningCallback(CompressionCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module | None = None,
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add `sparsity`, of the values in scope, to what is printed and to the entry of `log_history`.
+        """Add `sparsity`, counted in the weights, to what is printed and to the entry of `log_history`.
 
         Reporters, which the Trainer calls before any callback, don't get it.
         """
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        sparsity = round(self._zeros / max(1, sum(target.weight.count for target in self._targets)), 6)
+        super().on_log(args, state, control, model=model, logs=logs, **kwargs)
+        if model is None or not self.is_prepared(bare(model)):
+            return
+        sparsity = round(count_zeros(bare(model), self._targets, self._size).sparsity, 6)
         if logs is not None:
             logs["sparsity"] = sparsity
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -208,8 +260,7 @@ class PruningCallback(CompressionCallback):
         if model is None:
             return
         self._release()
-        self.report = count_zeros(bare(model), self._targets, self._size)
-        self._zeros = self.report.zeros
+        self.report = count_zeros(bare(model), self._targets, self._size, self._left_dense)
         logger.info("%s", self.report)
         asked = sum(self._schedule.demanded(self._targets, None))
         if self.report.zeros < asked:
@@ -248,7 +299,6 @@ class PruningCallback(CompressionCallback):
             else:
                 self._scores.exchange(name, parameter, keep[name])
             self._keep[name] = keep[name].to(parameter.dtype)
-        self._zeros = sum(mask.numel() - int(mask.count_nonzero()) for mask in keep.values())
 
     def _chosen(self, parameters: Mapping[str, nn.Parameter], counts: list[int]) -> dict[str, Tensor]:
         """Boolean masks by name, False for as many values as are asked for.
@@ -287,9 +337,9 @@ class PruningCallback(CompressionCallback):
             counts = self._schedule.demanded(self._targets, last)
             keep = masks_of(parameters, section.tensors, counts, step, total=self.config.scope == "global")
             self._keep = {name: mask.to(parameters[name].dtype) for name, mask in keep.items()}
-            self._zeros = sum(counts)
         if self._scores is not None:
             self._scores.load(section.tensors)
+            check_held(self._scores.held, self._keep, step)
 
     @torch.no_grad()
     def _uphold(self, model: nn.Module) -> None:
@@ -299,17 +349,13 @@ class PruningCallback(CompressionCallback):
             if keep is not None and parameter is not None:
                 parameter.mul_(keep)
 
-    def _masker(self, name: str) -> Callable[[Tensor], None]:
-        """What is called with a weight whenever its gradient has been accumulated."""
-
-        def mask(parameter: Tensor) -> None:
-            if self._scores is not None:
-                if not GradientState().sync_gradients:  # scores need the gradient of the whole step, unmasked
-                    return
-                self._scores.take(name, parameter)
-            self._mask_gradient(name, parameter)
-
-        return mask
+    def _accumulated(self, name: str, parameter: nn.Parameter) -> None:
+        """See to the gradient of a weight, of one batch or a part of it."""
+        if self._scores is not None:
+            if not GradientState().sync_gradients:  # scores need the gradient of the whole step, unmasked
+                return
+            self._scores.take(name, parameter, self._keep.get(name))
+        self._mask_gradient(name, parameter)
 
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         """Zero the gradient of what is pruned."""
@@ -317,8 +363,33 @@ class PruningCallback(CompressionCallback):
         if keep is not None and parameter.grad is not None:
             parameter.grad.mul_(keep)
 
-    def _release(self) -> None:
-        """Remove hooks, masks and scores."""
+    @contextmanager
+    def _unhooked_on_error(self) -> Iterator[None]:
+        """Leave gradients alone once we have broken training off, of which the Trainer tells nobody."""
+        try:
+            yield
+        except HFCompressError:
+            self._unhook()
+            raise
+
+    def _unhook(self) -> None:
+        """Leave gradients alone."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._keep, self._scores = [], {}, None
+        self._hooks = []
+
+    def _release(self) -> None:
+        """Remove hooks, masks and scores."""
+        self._unhook()
+        self._keep, self._scores = {}, None
+
+
+def _masker(callback: weakref.ref[PruningCallback], name: str) -> Callable[[nn.Parameter], None]:
+    """What is called with a weight whenever its gradient has been accumulated; nothing once the callback is gone."""
+
+    def accumulated(parameter: nn.Parameter) -> None:
+        alive = callback()
+        if alive is not None:
+            alive._accumulated(name, parameter)
+
+    return accumulated

@@ -40,17 +40,24 @@ class Scores:
         self._optimizer = torch.optim.Adam(self.values.values(), lr=config.score_learning_rate, fused=True)
 
     @torch.no_grad()
-    def take(self, name: str, parameter: Tensor) -> None:
+    def take(self, name: str, parameter: Tensor, keep: Tensor | None) -> None:
         """Take the gradient of a weight's scores from that of W ⊙ M, before it is masked or clipped.
+
+        A layer that is used several times under reentrant gradient checkpointing gets its gradient in parts. After
+        each the gradient is masked: where a weight is pruned it then holds the next part alone, elsewhere the sum.
 
         Args:
             name: The weight.
-            parameter: It, with its gradient of the whole step.
+            parameter: It, with its gradient of the whole step, or up to one of these parts.
+            keep: Its mask, 0 where it is pruned; None where nothing is.
         """
         if parameter.grad is None:
             return
+        earlier = self.values[name].grad
+        parts = None if earlier is None or keep is None else earlier * (keep == 0)
         dense = torch.add(parameter.detach(), self.held[name], out=self._room[name])  # exact: one of them is zero
-        self.values[name].grad = dense.mul_(parameter.grad)
+        taken = dense.mul_(parameter.grad)
+        self.values[name].grad = taken if parts is None else taken.add_(parts)
 
     def is_taken(self, name: str) -> bool:
         """Whether a weight's scores have their gradient for this step."""
@@ -80,13 +87,22 @@ class Scores:
         parameter.copy_(torch.where(keep, dense, 0))
         self.held[name] = torch.where(keep, 0, dense)
 
+    @torch.no_grad()
+    def give_back(self, name: str, parameter: Tensor) -> None:
+        """Put the values that are held aside back where a weight still is zero."""
+        parameter.copy_(torch.where(parameter == 0, self.held[name], parameter))
+
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint must keep, as `NAME.score`, `NAME.held` and `NAME.` with Adam's names."""
+        """Everything that a checkpoint must keep, as `NAME.score`, `NAME.held` and `NAME.` with Adam's names.
+
+        What has had no gradient yet has moments of 0, from which Adam starts as it does from none.
+        """
         made = {f"{name}.score": value.detach() for name, value in self.values.items()}
         made |= {f"{name}.held": value for name, value in self.held.items()}
         for name, value in self.values.items():
             kept = self._optimizer.state.get(value, {})
-            made |= {f"{name}.{key}": kept[key] for key in _STATE if key in kept}
+            fresh = {key: torch.zeros_like(_like(key, value)) for key in _STATE if key not in kept}
+            made |= {f"{name}.{key}": ({**kept, **fresh})[key].detach() for key in _STATE}
         return made
 
     @torch.no_grad()
@@ -103,11 +119,14 @@ class Scores:
         for index, (name, value) in enumerate(self.values.items()):
             value.copy_(_fitting(tensors, f"{name}.score", value))
             self.held[name].copy_(_fitting(tensors, f"{name}.held", self.held[name]))
-            if f"{name}.step" in tensors:
-                moments = {key: _fitting(tensors, f"{name}.{key}", value) for key in _STATE[1:]}
-                states[index] = {"step": tensors[f"{name}.step"], **moments}
+            states[index] = {key: _fitting(tensors, f"{name}.{key}", _like(key, value)) for key in _STATE}
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _like(key: str, value: Tensor) -> Tensor:
+    """A tensor of the form of what Adam keeps: a scalar that counts steps, or a moment of each score."""
+    return value.detach().new_zeros(()) if key == "step" else value.detach()
 
 
 def _fitting(tensors: Mapping[str, Tensor], key: str, like: Tensor) -> Tensor:

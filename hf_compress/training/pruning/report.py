@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from ...modules.swap import PackedModule, packed_tensor
 from .config import PruningConfig
-from .targets import Target, find_targets
+from .targets import Target, find_targets, left_dense
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class PruningReport:
     Attributes:
         weights: The weights in scope; tied ones once.
         model_size: Values of all parameters of the model.
+        left_dense: Weights that no rule keeps and that can't be pruned all the same, by name: why.
     """
 
     weights: tuple[PrunedWeight, ...]
     model_size: int
+    left_dense: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def zeros(self) -> int:
@@ -70,7 +72,8 @@ class PruningReport:
             f"{self.model_size}. Zeros alone make no model faster and no checkpoint smaller: readers and kernels "
             "treat them as any other value."
         )
-        return "\n".join([head, *(f"  {weight.name}  {weight.sparsity:.2%}" for weight in self.weights)])
+        rows = [f"  {weight.name}  {weight.sparsity:.2%}" for weight in self.weights]
+        return "\n".join([head, *rows, *(f"  {name}  dense: {why}" for name, why in self.left_dense.items())])
 
 
 def achieved(model: nn.Module, config: PruningConfig) -> PruningReport:
@@ -83,18 +86,21 @@ def achieved(model: nn.Module, config: PruningConfig) -> PruningReport:
     Raises:
         HFCompressError: The configuration does not fit the model, see `find_targets`.
     """
-    return count_zeros(model, find_targets(model, config), model_size(model))
+    return count_zeros(model, find_targets(model, config), model_size(model), left_dense(model, config))
 
 
-def count_zeros(model: nn.Module, targets: Sequence[Target], size: int) -> PruningReport:
+def count_zeros(
+    model: nn.Module, targets: Sequence[Target], size: int, left: Mapping[str, str] | None = None
+) -> PruningReport:
     """Count the zeros of weights, float or packed since.
 
     Args:
         model: The model.
         targets: The weights.
         size: Values of all parameters of the model.
+        left: Weights that can't be pruned, and why, for the report.
     """
-    return PruningReport(tuple(_counted(target, _values(model, target)) for target in targets), size)
+    return PruningReport(tuple(_counted(target, _values(model, target)) for target in targets), size, dict(left or {}))
 
 
 def model_size(model: nn.Module) -> int:

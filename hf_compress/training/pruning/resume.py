@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ...core.errors import ResumeError
@@ -55,7 +56,7 @@ def masks_of(
         zeros = parameter.detach() == 0
         stored = kept.get(f"{name}.{_MASK}")
         keep = ~zeros if stored is None else stored.to(parameter.device)
-        if keep.shape != parameter.shape or not bool((zeros | keep).all()):
+        if (keep.shape, keep.dtype) != (zeros.shape, zeros.dtype) or not bool((zeros | keep).all()):
             raise _changed(name, step, "its mask in the state file is not that of its values")
         made[name] = keep
     seen = [mask.numel() - int(mask.count_nonzero()) for mask in made.values()]
@@ -67,10 +68,27 @@ def masks_of(
     return made
 
 
+def check_held(held: Mapping[str, Tensor], keep: Mapping[str, Tensor], step: int) -> None:
+    """Refuse values that are held aside for weights which are not pruned.
+
+    Args:
+        held: Values by name, 0 where a weight is not pruned.
+        keep: Masks by name, 0 where a weight is pruned; none before the first pruning.
+        step: The checkpoint's step, for messages.
+
+    Raises:
+        ResumeError: A weight that is kept has such a value.
+    """
+    for name, value in held.items():
+        kept = keep.get(name)
+        if bool((value if kept is None else torch.where(kept != 0, value, 0)).any()):
+            raise _changed(name, step, "the state file holds values aside for weights that are not pruned")
+
+
 def _changed(name: str, step: int, what: str) -> ResumeError:
     """The error for weights that are not those that were saved."""
     return ResumeError(
-        f"{name} in the checkpoint of step {step} is not as the pruning schedule has left it: {what}. Its weights "
-        "were changed since, or the number of training steps was.",
-        "resume from an unchanged checkpoint of a run of the same length",
+        f"{name} in the checkpoint of step {step} is not as the pruning schedule has left it: {what}. It was "
+        "changed since.",
+        "resume from an unchanged checkpoint of the same run",
     )

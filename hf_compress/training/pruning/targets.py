@@ -12,11 +12,12 @@ from ...core.errors import (
     ConfigError,
     GroupSizeError,
     NothingToQuantizeError,
+    RuleError,
     TiedWeightsError,
     UnsupportedModelError,
     listed,
 )
-from ...core.rules import Decision, by_role, decide
+from ...core.rules import Decision, by_role, decide, matcher
 from ...core.weights import Weight, WeightKind, list_weights
 from ...modules.results import check_values
 from .config import PruningConfig, PruningRule
@@ -94,10 +95,9 @@ def find_targets(model: nn.Module, config: PruningConfig) -> tuple[Target, ...]:
             "adapter would fill what is pruned.",
             "prune while training all weights, and add adapters to the pruned model afterwards",
         )
-    weights = [weight for weight in list_weights(model) if not weight.parameter.startswith("hfc_")]
-    rules = [*(PruningRule(pattern=pattern, keep=True) for pattern in config.skip), *config.rules]
-    decisions = decide(rules, {weight.name: _default(weight, config) for weight in weights}, ("sparsity",))
-    found = [weight for weight in weights if not decisions[weight.name].keep and _prunable(weight)]
+    weights, decisions = _decided(model, config)
+    found = [weight for weight in weights if not decisions[weight.name].keep and not _unfit(weight)]
+    _check_rules(weights, config)
     _check_ties(weights, found, decisions)
     targets = tuple(
         Target(weight, decisions[weight.name].settings.get("sparsity", config.sparsity))
@@ -105,7 +105,7 @@ def find_targets(model: nn.Module, config: PruningConfig) -> tuple[Target, ...]:
         if weight.tied_to is None
     )
     if not targets:
-        kept = listed((f"{weight.name} ({decisions[weight.name].reason})" for weight in weights), 3)
+        kept = listed((f"{weight.name} ({_why_dense(weight, decisions[weight.name])})" for weight in weights), 3)
         raise NothingToQuantizeError(
             f"Nothing to prune: none of the {len(weights)} weights of {type(model).__name__} is in scope. "
             f"Kept: {kept or 'the model has no weights'}.",
@@ -114,6 +114,23 @@ def find_targets(model: nn.Module, config: PruningConfig) -> tuple[Target, ...]:
     _check_pattern(targets, config)
     _check_floors(targets, config)
     return targets
+
+
+def left_dense(model: nn.Module, config: PruningConfig) -> dict[str, str]:
+    """Weights that no rule keeps and that can't be pruned all the same.
+
+    Args:
+        model: The model.
+        config: The configuration.
+
+    Returns:
+        Why, by the weights' names.
+
+    Raises:
+        PatternError, RuleError: A pattern matches nothing, or a rule says nothing or has no effect.
+    """
+    weights, decisions = _decided(model, config)
+    return {weight.name: _unfit(weight) for weight in weights if not decisions[weight.name].keep and _unfit(weight)}
 
 
 def check_targets(model: nn.Module, targets: Sequence[Target], config: PruningConfig) -> None:
@@ -140,9 +157,41 @@ def _default(weight: Weight, config: PruningConfig) -> Decision:
     return by_role(weight) if config.default_rules else Decision(keep=False, reason="in scope")
 
 
-def _prunable(weight: Weight) -> bool:
-    """Whether a parameter is the matrix of a layer, of a floating type, and not empty."""
-    return weight.kind is not WeightKind.OTHER and weight.dtype.is_floating_point and weight.count > 0
+def _decided(model: nn.Module, config: PruningConfig) -> tuple[list[Weight], dict[str, Decision]]:
+    """The weights of a model, and what the rules say about each."""
+    weights = [weight for weight in list_weights(model) if not weight.parameter.startswith("hfc_")]
+    rules = [*(PruningRule(pattern=pattern, keep=True) for pattern in config.skip), *config.rules]
+    return weights, decide(rules, {weight.name: _default(weight, config) for weight in weights}, ("sparsity",))
+
+
+def _unfit(weight: Weight) -> str:
+    """Why a parameter can't be pruned, or empty: it is the matrix of a layer, of a floating type, with values."""
+    if weight.kind is WeightKind.OTHER:
+        return f"a parameter of {weight.owner}, which is no layer that can be pruned"
+    if not weight.dtype.is_floating_point:
+        return f"of {weight.dtype}, no floating type"
+    return "" if weight.count > 0 else "empty"
+
+
+def _why_dense(weight: Weight, decision: Decision) -> str:
+    """Why a weight is not pruned."""
+    return decision.reason if decision.keep else _unfit(weight)
+
+
+def _check_rules(weights: Sequence[Weight], config: PruningConfig) -> None:
+    """Refuse rules that are to prune what can't be pruned.
+
+    Raises:
+        RuleError: None of the weights that a rule matches can be.
+    """
+    for rule in config.rules:
+        matches = matcher(rule.pattern)
+        reached = [weight for weight in weights if matches(weight.name)]
+        if not rule.keep and all(_unfit(weight) for weight in reached):
+            raise RuleError(
+                f"The rule for {rule.pattern!r} has no effect: {reached[0].name} is {_unfit(reached[0])}.",
+                "drop the rule",
+            )
 
 
 def _check_ties(weights: Sequence[Weight], found: Sequence[Weight], decisions: dict[str, Decision]) -> None:

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ...apply.planning import adapter_in, plan_model
+from ...apply.planning import plan_model
 from ...apply.swapping import announce
 from ...checkpoint.handover import training_plan_of
 from ...core.config import QuantConfig
-from ...core.errors import ConfigError, TrainerError, UnsupportedModelError
+from ...core.errors import ConfigError, TrainerError
 from ...core.plan import Plan
 from ..callback import CompressionCallback, bare
 from ..schedule import step_of
 from ..state import Section
 from .config import QATConfig, QATFields
 from .convert import convert as convert_model
-from .convert import unseen_inputs
-from .modules import commit_ranges, fake_modules, insert_fake_quant, set_phase
+from .convert import refuse_adapter, unseen_inputs
+from .modules import commit_ranges, fake_modules, forget_scale_gradients, insert_fake_quant, set_phase
 from .norms import freeze_norms, release_norms
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class QATCallback(CompressionCallback):
             UnsupportedModelError: The model has an adapter.
             HFCompressError: The plan is refused. The model is unchanged after any of these errors.
         """
+        refuse_adapter(model)
         prepared = training_plan_of(model)
         if prepared is not None:
             self._adopt(model, prepared)
@@ -86,14 +87,6 @@ class QATCallback(CompressionCallback):
             raise TrainerError(
                 f"QATCallback has no configuration, and {type(model).__name__} is not prepared.",
                 "QATCallback(QATConfig(bits=4)), or load the model with quantization_config=QATConfig(bits=4)",
-            )
-        path = adapter_in(model)
-        if path is not None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has an adapter at {path}: the weights below it don't change, and what the "
-                "adapter learns would not be on their grid.",
-                "train adapters on a packed model: hf_compress.quantize(model, RTNQuantConfig(bits=4)), then "
-                "peft.get_peft_model; or train without adapters",
             )
         plan = plan_model(model, self.config)
         announce(plan)
@@ -143,6 +136,7 @@ class QATCallback(CompressionCallback):
 
         Raises:
             TrainerError: The model was converted at the end of an earlier training.
+            UnsupportedModelError: The model has got an adapter since it was prepared.
             ConfigError: `start` or `freeze` lies beyond the end, `start` behind `freeze`, or no step is left to see
                 the ranges of static inputs.
         """
@@ -154,12 +148,13 @@ class QATCallback(CompressionCallback):
                 "QATCallback(..., convert=False) in all calls of train() and hf_compress.convert(model) after the "
                 "last; or a new Trainer with the float weights of a checkpoint",
             )
-        start = step_of(self._fields.start, state.max_steps, "start")
-        freeze = step_of(self._fields.freeze, state.max_steps, "freeze")
+        refuse_adapter(model)
+        start = step_of(self._fields.start, self.length, "start")
+        freeze = step_of(self._fields.freeze, self.length, "freeze")
         if start > freeze:
             raise ConfigError(
                 f"start={self._fields.start!r} is step {start}, behind freeze={self._fields.freeze!r}, step {freeze} "
-                f"of {state.max_steps}.",
+                f"of {self.length}.",
                 f"start={self._fields.freeze!r} or earlier",
             )
         if freeze <= state.global_step and unseen_inputs(model, plan):
@@ -200,6 +195,19 @@ class QATCallback(CompressionCallback):
         if model is not None:
             self._enter(bare(model), state.global_step)
 
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep scales that are not in use yet out of the optimizer's step."""
+        super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+        if model is not None:
+            forget_scale_gradients(bare(model))
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -221,7 +229,7 @@ class QATCallback(CompressionCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Convert the model, the best one where it was loaded; or leave it in the phase that it ended in.
+        """Convert the model, the best one where it was loaded; or leave it in the phase of the step that it is of.
 
         Raises:
             CalibrationError, WeightValueError: It can't be converted; it and all checkpoints are as they were.
@@ -229,12 +237,16 @@ class QATCallback(CompressionCallback):
         super().on_train_end(args, state, control, model=model, **kwargs)
         if model is None:
             return
-        if state.global_step <= self._moments[0]:
+        best = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
+        step = state.global_step if best is None else best
+        if step <= self._moments[0]:
             logger.warning(
-                "Training ended after step %d, fake quantization starts at %d: the weights never met their grid.",
-                state.global_step,
+                "%s step %d, fake quantization starts at %d: the weights never met their grid.",
+                "Training ended after" if best is None else "The best model is of",
+                step,
                 self._moments[0],
             )
+        self._enter(bare(model), max(step - 1, 0))  # a scale that the best model has not learned is not used
         release_norms(bare(model))
         if self.convert:
             convert_model(bare(model))

@@ -32,7 +32,7 @@ class QATFields(UniformFields):
     symmetric_inputs: Annotated[bool, Field(strict=True)] = False
     learn_scales: Annotated[bool, Field(strict=True)] = False
     start: Moment = 0.0
-    freeze: Moment = 0.8
+    freeze: Annotated[Moment, Field(validate_default=True)] = 0.8
 
     @model_validator(mode="before")
     @classmethod
@@ -88,7 +88,8 @@ class QATConfig(QuantConfig):
 
     With `activation_bits=8`, inputs of linear layers, GPT-2's Conv1D and convolutions are quantized too, those that
     `int8_dynamic` (`"token"`) or `int8_static` (`"tensor"`) would quantize; recurrent layers stay weight-only. Output
-    layers of `nn.MultiheadAttention` are kept, as it reads their weights without calling them.
+    layers of `nn.MultiheadAttention` are kept, as it reads their weights without calling them. Where another module
+    does so, the first forward ends in an UnsupportedModelError with what to skip.
 
     Args:
         bits: Bits per weight, 2 to 8; 4 by default, 8 with `activation_bits`.

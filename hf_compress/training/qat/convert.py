@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import nn
 
-from ...apply.planning import is_quantized
+from ...apply.planning import adapter_in, is_quantized
 from ...apply.swapping import swap_all
 from ...calibration.block import Finished
 from ...checkpoint.handover import training_plan_of
@@ -34,11 +34,12 @@ def convert(model: nn.Module) -> nn.Module:
         The model itself, out of what it was in, with packed weights and transformers' native quantizer.
 
     Raises:
-        UnsupportedModelError: It has no fake quantization.
+        UnsupportedModelError: It has no fake quantization, or an adapter.
         CalibrationError: The range of an input is not known, as no training step has reached it; names the layers.
         WeightValueError: A weight holds NaN or infinite values. The model is unchanged after any of these errors.
     """
     inner = bare(model)
+    refuse_adapter(inner)
     plan = training_plan_of(inner)
     if plan is None:
         why = "has been converted or quantized already" if is_quantized(inner) else "has no fake quantization"
@@ -53,6 +54,22 @@ def convert(model: nn.Module) -> nn.Module:
     _leave_autocast(inner)
     swap_all(inner, plan, finished)
     return inner
+
+
+def refuse_adapter(model: nn.Module) -> None:
+    """Refuse to train or convert a model that has an adapter of PEFT.
+
+    Raises:
+        UnsupportedModelError: It has one; names the place.
+    """
+    path = adapter_in(model)
+    if path is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an adapter at {path}: the weights below it don't change, and what the "
+            "adapter learns would not be on their grid.",
+            "train adapters on a packed model: hf_compress.quantize(model, RTNQuantConfig(bits=4)), then "
+            "peft.get_peft_model; or train without adapters",
+        )
 
 
 def unseen_inputs(model: nn.Module, plan: Plan) -> list[str]:

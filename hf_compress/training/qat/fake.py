@@ -1,8 +1,10 @@
 """Fake quantization: the values that a packed model would compute with, in floating point, with gradients.
 
-Values equal those of packing and dequantizing. On a grid that spans the range of its weights no weight is clipped, so
-that rounding is the only step without a gradient; it gets that of the identity (straight-through estimator,
-arXiv:1308.3432, section 4), and nothing is kept for the backward pass.
+Values equal those of packing and dequantizing. A grid that follows the range of its weights clips none by more than
+the half step that rounding may take anyway: symmetric grids have one code less above zero than below, so that a
+largest weight above zero, at code 2^(bits-1) - 1/2, becomes the last one. Clipping and rounding get the gradient of
+the identity (straight-through estimator, arXiv:1308.3432, section 4), and nothing is kept for the backward pass.
+With a scale that is learned, or a fixed range of an input, what lies outside of the grid gets none.
 """
 
 from __future__ import annotations
@@ -55,6 +57,20 @@ def fake_learned(weight: Tensor, args: QuantizationArgs, scale: Tensor, zero_poi
     grid = _spread(scale, zero_point)
     made: Tensor = _Learned.apply(_grouped(weight, args), *grid, limit, narrow)  # type: ignore[no-untyped-call]
     return made.view(weight.shape)
+
+
+def beside(weight: Tensor, bias: Tensor) -> Tensor:
+    """A weight as it is, with a parameter in its graph that gets a gradient of zero.
+
+    Args:
+        weight: Of any shape and data type.
+        bias: The other parameter, likewise.
+
+    Returns:
+        A view of the weight.
+    """
+    made: Tensor = _Beside.apply(weight, bias)  # type: ignore[no-untyped-call]
+    return made
 
 
 def fake_input(value: Tensor, scale: Tensor, zero_point: Tensor | None, clipped: bool) -> Tensor:
@@ -130,7 +146,7 @@ def _values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounding to a grid that no value lies outside of."""
+    """Rounding to a grid that no value lies outside of by more than half a step."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor | None, limit: int) -> Tensor:
@@ -167,6 +183,20 @@ class _Learned(torch.autograd.Function):
         pace = (scale.numel() / (values.numel() * (limit - 1))) ** 0.5
         towards_scale = slope.mul_(grad).sum_to_size(scale.shape).mul_(pace)
         return grad * inside, towards_scale, None, None, None
+
+
+class _Beside(torch.autograd.Function):
+    """The identity of its first argument."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (bias,) = ctx.saved_tensors
+        return grads[0], torch.zeros_like(bias)
 
 
 class _RoundedInput(torch.autograd.Function):

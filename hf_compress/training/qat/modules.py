@@ -40,7 +40,8 @@ from ...modules.packed import Layout, layout_of
 from ...modules.results import canonical, check_values
 from ...modules.swap import FlatWeights, first_parameter, original_class
 from .config import QATFields
-from .fake import codes_of, fake_input, fake_learned, fake_weight, weight_grid
+from .fake import beside, codes_of, fake_input, fake_learned, fake_weight, weight_grid
+from .reads import READS, Reads, unwatch, watch, watched
 
 LOW, HIGH = "hfc_input_low", "hfc_input_high"
 """Buffers with the range of an input, float32 (1)."""
@@ -66,7 +67,8 @@ class FakeQuantized(nn.Module):
         hfc_layouts: Shape, scheme and orientation of each parameter that is to be quantized, by attribute name.
         hfc_learned: Those of them whose scale is learned.
         hfc_phase: What the module does now.
-        hfc_values: The fake-quantized values while the module's own forward runs, else None.
+        hfc_values: The values to compute with while the module's own forward runs, else None.
+        hfc_reads: Where reads by other modules are noted, while the model's forward is watched, else None.
         hfc_seen: Of an input with one fixed range, the largest -value and value of this step, float32 (2), -inf where
             there was none; else None. No buffer, so that DDP doesn't replace it by that of the first process.
         hfc_input: Name of the first parameter of the original forward.
@@ -77,6 +79,7 @@ class FakeQuantized(nn.Module):
     hfc_learned: frozenset[str]
     hfc_phase: Phase
     hfc_values: dict[str, Tensor] | None
+    hfc_reads: Reads | None
     hfc_seen: Tensor | None
     hfc_input: str
     hfc_looks_up: bool
@@ -84,15 +87,16 @@ class FakeQuantized(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward on fake-quantized weights and, if planned, inputs."""
         args, kwargs = self._with_input(args, kwargs)
-        if not self.hfc_phase.quantize:
-            return super().forward(*args, **kwargs)
-        if self.hfc_looks_up:  # each row has a scale of its own, so those in use will do
-            return fake_weight(super().forward(*args, **kwargs), self.hfc_layouts["weight"].weights)
-        self.hfc_values = {name: fake_parameter(self, name) for name in self.hfc_layouts}
+        rounds = self.hfc_phase.quantize
+        values = fake_parameter if rounds and not self.hfc_looks_up else _float_parameter
+        self.hfc_values = {name: values(self, name) for name in self.hfc_layouts}
         try:
-            return super().forward(*args, **kwargs)
+            made = super().forward(*args, **kwargs)
         finally:
             self.hfc_values = None
+        if rounds and self.hfc_looks_up:  # each row has a scale of its own, so those in use will do
+            return fake_weight(made, self.hfc_layouts["weight"].weights)
+        return made
 
     def _with_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with the input fake-quantized, where that is planned."""
@@ -135,6 +139,8 @@ class FakeRecurrent(FlatWeights, FakeQuantized):
 def insert_fake_quant(model: nn.Module, plan: Plan, fields: QuantFields) -> None:
     """Let a dense model compute with fake-quantized values, in place.
 
+    Its first forward in each mode raises UnsupportedModelError where weights are read past their layers, see `reads`.
+
     Args:
         model: The model, with its weights, on any device.
         plan: Its plan; all quantized rows are swapped. The model keeps it, see `handover.training_plan_of`.
@@ -156,6 +162,7 @@ def insert_fake_quant(model: nn.Module, plan: Plan, fields: QuantFields) -> None
         if fields.learn_scales and row.kind is not WeightKind.EMBEDDING and not _is_tied(plan, row):
             _learn_scale(module, row.parameter)
     vars(model)[TRAINING_PLAN] = plan
+    watch(model)
 
 
 def remove_fake_quant(model: nn.Module) -> Plan:
@@ -172,6 +179,7 @@ def remove_fake_quant(model: nn.Module) -> Plan:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no fake quantization.", "prepare it: QATCallback(QATConfig(bits=4))"
         )
+    unwatch(model)
     for _, module in list(fake_modules(model)):
         _restore(module)
     del vars(model)[TRAINING_PLAN]
@@ -251,7 +259,10 @@ def quantized(module: nn.Module, parameter: str) -> Quantized:
         )
     layout = module.hfc_layouts[parameter]
     weight = canonical(module.get_parameter(parameter).detach(), layout)
-    if parameter not in module.hfc_learned:
+    learned = parameter in module.hfc_learned
+    if learned and not module.hfc_phase.quantize:  # one that was never trained is that of the weight at first
+        learned = bool(module.get_parameter(_extra(parameter, "scale_bias")).any())
+    if not learned:
         made = quantize(weight, layout.weights)
     else:
         narrow = layout.weights.scale_dtype or weight.dtype
@@ -277,6 +288,25 @@ def fake_parameter(module: FakeQuantized, name: str) -> Tensor:
     else:
         made = fake_weight(weight, layout.weights)
     return layout.oriented(made)
+
+
+def _float_parameter(module: FakeQuantized, name: str) -> Tensor:
+    """A parameter as it is; its learned scale gets a gradient of zero, as DDP waits for one of each parameter."""
+    weight = _tensor(module._parameters, name)
+    if name not in module.hfc_learned:
+        return weight
+    return beside(weight, _tensor(module._parameters, _extra(name, "scale_bias")))
+
+
+def forget_scale_gradients(model: nn.Module) -> None:
+    """Drop gradients of scales that nothing is computed with yet, which are zero: optimizers would count the steps.
+
+    Args:
+        model: The model, after its gradients were reduced.
+    """
+    for _, module in fake_modules(model):
+        for name in module.hfc_learned if not module.hfc_phase.quantize else ():
+            module.get_parameter(_extra(name, "scale_bias")).grad = None
 
 
 def _check(model: nn.Module, row: PlanRow) -> None:
@@ -312,7 +342,7 @@ def _swap(module: nn.Module, row: PlanRow, phase: Phase) -> None:
     module.__class__ = _fake_class(base, tuple(layouts))  # type: ignore[arg-type] # nn.Module is hashable
     vars(module).setdefault("hfc_learned", frozenset())
     vars(module).setdefault("hfc_seen", None)
-    vars(module).update(hfc_layouts=layouts, hfc_phase=phase, hfc_values=None)
+    vars(module).update(hfc_layouts=layouts, hfc_phase=phase, hfc_values=None, **{READS: None})
     if isinstance(module, FakeRecurrent):
         module.drop_flat_weights()
     inputs = layout.scheme.input_activations
@@ -327,7 +357,7 @@ def _restore(module: FakeQuantized) -> None:
     for values in (module._buffers, module._parameters):
         for name in [name for name in values if name.startswith("hfc_")]:
             del values[name]
-    for name in ("hfc_layouts", "hfc_learned", "hfc_phase", "hfc_values", "hfc_seen"):
+    for name in ("hfc_layouts", "hfc_learned", "hfc_phase", "hfc_values", "hfc_seen", READS):
         vars(module).pop(name, None)
     object.__setattr__(module, "__class__", original_class(type(module)))
     if isinstance(module, nn.RNNBase):
@@ -345,11 +375,17 @@ def _fake_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
 
 def _reader(name: str) -> Callable[[FakeQuantized], Tensor | None]:
-    """The getter of a fake-quantized parameter."""
+    """The getter of a fake-quantized parameter. To a compiler, it is rounded wherever it is read, as once packed."""
 
     def read(module: FakeQuantized) -> Tensor | None:
-        values = module.hfc_values
-        return module._parameters[name] if values is None else values[name]
+        if module.hfc_values is not None:
+            return module.hfc_values[name]
+        if torch.compiler.is_compiling() and module.hfc_phase.quantize:
+            return fake_parameter(module, name)
+        value = module._parameters[name]
+        if torch.compiler.is_compiling() or module.hfc_reads is None or value is None:
+            return value
+        return watched(value, name, module.hfc_reads)
 
     return read
 

@@ -24,7 +24,7 @@ from hf_compress.checkpoint.results_store import (
     signature_of,
 )
 from hf_compress.checkpoint.shards import safetensors_files
-from hf_compress.core.errors import OutputExistsError
+from hf_compress.core.errors import OutputExistsError, WriteError
 from hf_compress.core.plan import Plan
 from hf_compress.modules.packed import PackedTensor
 from tests._utils.tiny import tiny, tiny_dir
@@ -94,6 +94,39 @@ def test_a_passing_store_keeps_results_out_of_memory_and_leaves_nothing(
         copies = {name: packed.clone() for name, packed in kept.packed.items()}
     assert list(tmp_path.iterdir()) == []
     assert all(_same(copies[name], packed) for name, packed in finished.packed.items())
+
+
+@pytest.mark.parametrize("place", ["absent", "a file"])
+def test_a_temporary_directory_that_cannot_be_used_is_told(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / place))
+    with (
+        pytest.raises(WriteError, match=r"temporary directory can't be used.*TMPDIR"),
+        passing_store(_finished(CONFIGS["symmetric"])[0]),
+    ):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_full_temporary_directory_promises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it stays, so nothing can be gone on with."""
+    import resource
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    plan, finished = _finished(CONFIGS["symmetric"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with passing_store(plan) as store:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(WriteError, match="Nothing was left behind") as raised:
+                store.put("0", finished, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "goes on" not in raised.value.fix
+    assert "TMPDIR" in raised.value.fix
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_quantized_id_leaves_nothing_in_the_temporary_directory(

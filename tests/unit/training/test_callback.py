@@ -212,6 +212,41 @@ def test_one_callback_for_two_trainers_is_refused_where_it_would_mix_them_up(tmp
     assert watching.begun == [(0, None)]
 
 
+class Sibling(Watching):
+    """Of another class, with the same section."""
+
+
+@pytest.mark.parametrize("kind", [Watching, Sibling])
+def test_two_callbacks_with_one_section_are_refused(kind: type[Watching], tmp_path: Path) -> None:
+    second = kind(strength=2.0)
+    with pytest.raises(TrainerError, match=f"two callbacks that keep 'watching' state.*a {kind.__name__}"):
+        trainer_of(tmp_path, Watching(), second)
+    assert second.inserted == []
+    trainer = trainer_of(tmp_path, Watching())
+    second.prepare(trainer.model)
+    trainer.add_callback(second)
+    with pytest.raises(TrainerError, match="two callbacks"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer.remove_callback(second)
+    trainer.train()
+    trainer.train()
+
+
+def test_a_resumed_run_keeps_the_length_that_schedules_were_made_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Watching()
+    trainer_of(tmp_path, first).train()
+    assert first.length == 4
+    for steps, source in ((8, 2), (12, 6)):
+        again = Watching()
+        trainer = trainer_of(tmp_path, again, max_steps=steps)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{source}"))
+        assert again.length == 4
+        assert f"begun with 4 optimizer steps and now has {steps}" in caplog.text
+
+
 def _whole(model: nn.Module) -> Any:
     return torch.compile(model)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_compress.core.errors import CorruptCheckpointError, ResumeError, WriteError
-from hf_compress.training.state import FILE, Section, read_section, write_section
+from hf_compress.training.state import FILE, TRAINER_STATE, Section, read_section, write_section
 
 CONFIG = {"bits": 4, "skip": ("head",), "start": 0.1, "nested": {"every": [1, 2]}}
 
@@ -28,9 +28,9 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def test_a_section_comes_back(tmp_path: Path) -> None:
-    write_section(tmp_path, "qat", Section(CONFIG, 12, tensors()))
+    write_section(tmp_path, "qat", Section(CONFIG, 12, tensors(), length=40))
     found = read_section(tmp_path, "qat", CONFIG, 12)
-    assert found.step == 12
+    assert (found.step, found.length) == (12, 40)
     assert found.config == {**CONFIG, "skip": ["head"]}
     assert found.tensors.keys() == tensors().keys()
     for name, value in tensors().items():
@@ -109,8 +109,10 @@ def test_damaged_file_is_told_when_read_and_replaced_when_written(damage: Any, t
     """A directory that was used before must not stop a new run at its first checkpoint."""
     write_section(tmp_path, "qat", Section({}, 1, tensors()))
     damage(tmp_path / FILE)
-    with pytest.raises(CorruptCheckpointError, match=FILE):
+    with pytest.raises(CorruptCheckpointError, match=FILE) as raised:
         read_section(tmp_path, "qat", {}, 1)
+    assert raised.value.fix == "resume from another checkpoint"
+    assert "Error(" not in raised.value.message  # one message, not one inside of another
     write_section(tmp_path, "qat", Section({}, 2, tensors()))
     assert read_section(tmp_path, "qat", {}, 2).tensors.keys() == tensors().keys()
 
@@ -130,3 +132,16 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_sections_of_an_earlier_run_are_not_kept(tmp_path: Path) -> None:
+    """A reused output directory: the Trainer writes its state anew, and nothing of ours may survive from before."""
+    (tmp_path / TRAINER_STATE).write_text('{"global_step": 3, "run": 1}', encoding="utf-8")
+    write_section(tmp_path, "one", Section({"a": 1}, 3, {"x": torch.ones(2)}))
+    write_section(tmp_path, "two", Section({"b": 1}, 3, {"y": torch.ones(2)}))
+    assert read_section(tmp_path, "one", {"a": 1}, 3).tensors["x"].sum() == 2
+    (tmp_path / TRAINER_STATE).write_text('{"global_step": 3, "run": 2}', encoding="utf-8")
+    write_section(tmp_path, "two", Section({"b": 2}, 3))
+    assert read_section(tmp_path, "two", {"b": 2}, 3).tensors == {}
+    with pytest.raises(ResumeError, match="not of 'one'"):
+        read_section(tmp_path, "one", {"a": 1}, 3)

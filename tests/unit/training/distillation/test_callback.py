@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 
 from hf_compress.core.errors import ConfigError, LossError, TrainerError
 from hf_compress.training.distillation import (
@@ -27,6 +29,7 @@ from tests.unit.training.distillation.runs import (
     distilled,
     logged,
     parameters,
+    stacked,
     texts,
 )
 
@@ -113,7 +116,7 @@ def test_hooks_are_gone_afterwards_and_copies_share_the_teacher(tmp_path: Path) 
     class Copies(DistillationCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             hooks = [[*one._forward_hooks.values()] for one in (model, copy.deepcopy(model))]
-            copies.append(len(hooks[0]) == 1 and hooks[0][0] is hooks[1][0])
+            copies.append(len(hooks[0]) == 1 and hooks[0] == hooks[1])
 
     student, callback = case.build(1), Copies(case.build(2))
     distilled(tmp_path, student, None, case.rows(), callbacks=[callback])
@@ -124,12 +127,117 @@ def test_hooks_are_gone_afterwards_and_copies_share_the_teacher(tmp_path: Path) 
     assert set(student.state_dict()) == names
 
 
-def test_added_late_it_works_as_well(tmp_path: Path) -> None:
-    case, config = CASES["sequence"], DistillationConfig()
+def test_added_late_it_is_refused(tmp_path: Path) -> None:
+    case = CASES["sequence"]
     trainer = Trainer(model=case.build(1), args=arguments(tmp_path), train_dataset=Rows(case.rows()))
-    trainer.add_callback(DistillationCallback(case.build(2), config))
-    trainer.train()
-    assert difference(parameters(trainer), parameters(with_callback(tmp_path, "sequence", config))) == 0.0
+    trainer.add_callback(DistillationCallback(case.build(2)))
+    with pytest.raises(TrainerError, match="DistillationCallback was added after the Trainer had been built"):
+        trainer.train()
+
+
+def test_two_of_them_are_refused(tmp_path: Path) -> None:
+    case = CASES["sequence"]
+    callbacks = [DistillationCallback(case.build(2)) for _ in range(2)]
+    with pytest.raises(TrainerError, match="two callbacks that keep 'distillation' state"):
+        distilled(tmp_path, case.build(1), None, case.rows(), callbacks=callbacks)
+
+
+class OwnLoss(Trainer):
+    """Computes the loss from the logits."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return torch.nn.functional.cross_entropy(model(**inputs).logits, inputs["labels"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha", "more"),
+    [
+        (OwnLoss, 0.5, {}),
+        (OwnLoss, 1.0, {}),
+        (Trainer, 1.0, {"compute_loss_func": lambda outputs, labels, **kwargs: outputs["logits"].mean()}),
+    ],
+)
+def test_loss_that_is_not_the_models_is_refused_before_a_step(
+    kind: type[Trainer], alpha: float, more: dict[str, Any], tmp_path: Path
+) -> None:
+    student, callback = CASES["sequence"].build(1), DistillationCallback(CASES["sequence"].build(2))
+    callback.distiller.config = DistillationConfig(alpha=alpha)
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    with pytest.raises(TrainerError, match="learns nothing of the teacher"):
+        distilled(tmp_path, student, None, classified(), kind=kind, callbacks=[callback], **more)
+    assert all(torch.equal(before[name], value) for name, value in student.named_parameters())
+
+
+class Interrupting(TrainerCallback):
+    """Stops training between steps, as a user does."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+class Stumbling(torch.autograd.Function):
+    """Stops training in a backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("where", ["step", "forward", "backward", "teacher"])
+def test_hooks_are_dead_after_an_interruption(where: str, tmp_path: Path) -> None:
+    """The model's loss is its own again."""
+    case = CASES["sequence"]
+    student, teacher = case.build(1), case.build(2)
+    batch = stacked(case.rows())
+    more: list[TrainerCallback] = [Interrupting()] if where == "step" else []
+    handles = []
+    if where in ("forward", "teacher"):
+        stopped = student if where == "forward" else teacher
+        handles = [stopped.classifier.register_forward_hook(_stop)]
+    elif where == "backward":
+        handles = [student.classifier.register_forward_hook(lambda _, __, output: Stumbling.apply(output))]
+    with pytest.raises((KeyboardInterrupt, MemoryError)):
+        distilled(tmp_path, student, None, case.rows(), callbacks=[DistillationCallback(teacher), *more])
+    for handle in handles:
+        handle.remove()
+    student.train()
+    made = student(**batch)
+    assert float(made.loss) == float(torch.nn.functional.cross_entropy(made.logits, batch["labels"]))
+
+
+def _stop(module: torch.nn.Module, args: Any, output: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_pickled_in_training(tmp_path: Path) -> None:
+    """Without the teacher, and with hooks that do nothing."""
+    sizes, losses = [], []
+
+    class Pickles(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            file = io.BytesIO()
+            torch.save(model, file)
+            sizes.append(file.tell())
+            file.seek(0)
+            batch = stacked(case.rows())
+            made = torch.load(file, weights_only=False).train()(**batch)
+            own = torch.nn.functional.cross_entropy(made.logits, batch["labels"])
+            losses.append((float(made.loss), float(own)))
+
+    case = CASES["sequence"]
+    callback = DistillationCallback(case.build(2))
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 1}
+    student = case.build(1)
+    torch.save(student, plain := io.BytesIO())
+    distilled(tmp_path, student, None, case.rows(), options=options, callbacks=[callback, Pickles()])
+    assert len(losses) == 1
+    assert losses[0][0] == losses[0][1]
+    values = sum(value.numel() for value in callback.distiller.teacher.model.parameters())
+    assert sizes[0] < plain.tell() + values  # bytes; the teacher has four for each value, and some are gradients
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,25 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, WhisperForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    WhisperForConditionalGeneration,
+)
 
-from hf_compress.core.errors import TeacherError, UnsupportedModelError
+from hf_compress.core.errors import LossError, TeacherError, UnsupportedModelError
 from hf_compress.training.distillation import DistillationConfig
 from hf_compress.training.distillation.distiller import Distiller
 from hf_compress.training.distillation.losses import Divergence
 from hf_compress.training.distillation.tasks import Pair, compare, task_of
-from hf_compress.training.distillation.teacher import Teacher, check_pair, tokenizer_beside, without_labels
+from hf_compress.training.distillation.teacher import (
+    Teacher,
+    check_finite,
+    check_pair,
+    tokenizer_beside,
+    without_labels,
+)
 from tests._utils.tiny import FAMILIES, output, tiny, tiny_inputs, tiny_tokenizer
+from tests.unit.training.distillation.runs import CASES, difference, distilled, parameters, stacked
 
 
 def tokenizer(*more: str) -> PreTrainedTokenizerFast:
@@ -95,6 +105,11 @@ def test_labels_of_another_number_or_order() -> None:
     check_pair(student, Teacher(tiny("bert-classifier", num_labels=2)))
     with pytest.raises(TeacherError, match=r"bad, good.*good, bad"):
         check_pair(student, Teacher(tiny("bert-classifier", **turned)))
+    backwards = {"id2label": {1: "good", 0: "bad"}, "label2id": {"good": 1, "bad": 0}, "num_labels": 2}
+    check_pair(student, Teacher(tiny("bert-classifier", **backwards)))
+    listed_alike = {"id2label": {1: "bad", 0: "good"}, "label2id": {"bad": 1, "good": 0}, "num_labels": 2}
+    with pytest.raises(TeacherError, match=r"bad, good.*good, bad"):
+        check_pair(student, Teacher(tiny("bert-classifier", **listed_alike)))
     with pytest.raises(TeacherError, match="LABEL_2"):
         check_pair(student, Teacher(tiny("bert-classifier")))
 
@@ -126,8 +141,60 @@ def test_rows_that_are_too_long(caplog: pytest.LogCaptureFixture) -> None:
     student, teacher = tiny("bert-classifier"), Teacher(tiny("bert-classifier", max_position_embeddings=8))
     check_pair(student, teacher)
     assert "reads at most 8 tokens, the student 64" in caplog.text
-    with pytest.raises(TeacherError, match="Rows of 9 tokens, but the teacher reads at most 8"):
+    with pytest.raises(TeacherError, match="Rows of 9 tokens in input_ids, but the teacher reads at most 8"):
         teacher(tiny_inputs(student), student)
+
+
+def rows_of(count: int) -> dict[str, Any]:
+    ids = torch.full((1, count), 7)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_positions_under_another_name_or_counted_from_padding() -> None:
+    """As many tokens as fit are read; one more is refused, where torch would raise an IndexError."""
+    gpt2 = tiny("gpt2", n_positions=16)
+    roberta = tiny("roberta", max_position_embeddings=18, pad_token_id=1)
+    for model in (gpt2, roberta):
+        teacher = Teacher(model)
+        teacher(rows_of(16), model)
+        with pytest.raises(TeacherError, match="Rows of 17 tokens in input_ids, but the teacher reads at most 16"):
+            teacher(rows_of(17), model)
+
+
+def test_decoders_that_read_less() -> None:
+    for name in ("bart", "whisper"):
+        student, option = tiny(name), {"bart": "max_position_embeddings", "whisper": "max_target_positions"}[name]
+        teacher = Teacher(tiny(name, **{option: 9}))
+        inputs = {key: value for key, value in tiny_inputs(student).items() if key != "decoder_input_ids"}
+        inputs = {key: value[:, :9] if name == "bart" else value for key, value in inputs.items()}
+        teacher(inputs | {"decoder_input_ids": torch.full((2, 9), 7)}, student)
+        with pytest.raises(TeacherError, match="10 tokens in decoder_input_ids, but the teacher reads at most 9"):
+            teacher(inputs | {"decoder_input_ids": torch.full((2, 10), 7)}, student)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_blame(bad: float) -> None:
+    check_finite({"logits": torch.tensor([1.0, -torch.inf]), "ids": torch.tensor([1])})
+    with pytest.raises(LossError, match="teacher's logits hold NaN or infinity"):
+        check_finite({"logits": torch.tensor([1.0, bad])})
+
+
+@pytest.mark.touches_rng
+def test_the_object_stays_as_it_was(tmp_path: Path) -> None:
+    """Also under mixed precision; and the student learns from what the teacher computes under it."""
+    case = CASES["sequence"]
+    used, attributes = case.build(2), set(vars(case.build(2)))
+    batch = stacked([{key: value for key, value in row.items() if key != "labels"} for row in case.rows()])
+    with torch.no_grad():
+        before = used(**batch).logits
+    half = distilled(tmp_path, case.build(1), used, case.rows(), options={"bf16": True})
+    assert set(vars(used)) == attributes
+    with torch.no_grad():
+        assert torch.equal(used(**batch).logits, before)
+        taught = half.distiller.teach(half.model, batch, ())
+    assert taught["logits"].dtype == torch.bfloat16
+    runs = [distilled(tmp_path, case.build(1), teacher, case.rows()) for teacher in (used, case.build(2))]
+    assert difference(parameters(runs[0]), parameters(runs[1])) == 0.0
 
 
 class Asked(torch.nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_compress.core.errors import ConfigError, LossError, ResumeError, TrainerError, WeightValueError
 from hf_compress.modules.swap import packed_tensor
@@ -59,6 +69,31 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {"x": x if index < self.bad else x * torch.nan, "labels": torch.tensor(index % 4)}
 
 
+class Breaking(TrainerCallback):
+    """Breaks training off: as Ctrl-C does, or by gradients that are NaN."""
+
+    def __init__(self, step: int, nan: bool = False) -> None:
+        self.step, self.nan = step, nan
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.step == 0:
+            raise KeyboardInterrupt
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.step and self.nan:
+            kwargs["model"].second.bias.register_hook(lambda gradient: gradient * torch.nan)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.step and not self.nan:
+            raise KeyboardInterrupt
+
+
 class Half(Rows):
     """Rows in bfloat16."""
 
@@ -93,7 +128,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 def trained(
     folder: Path,
-    callbacks: list[CompressionCallback],
+    callbacks: Sequence[TrainerCallback],
     model: nn.Module | None = None,
     data: Rows | None = None,
     resume: Path | None = None,
@@ -283,7 +318,7 @@ def test_checkpoint_without_scores_is_refused(tmp_path: Path) -> None:
         trained(tmp_path, [PruningCallback(CONFIGS["movement"])], resume=tmp_path / "checkpoint-3")
 
 
-def test_changed_configuration_and_length_are_refused(tmp_path: Path) -> None:
+def test_changed_configuration_is_refused_and_another_length_keeps_the_schedule(tmp_path: Path) -> None:
     fractions = PruningConfig(sparsity=0.6, start=0.0, end=0.75, every=2)
     trained(tmp_path, [PruningCallback(fractions)])
     checkpoint = tmp_path / "checkpoint-4"
@@ -293,8 +328,8 @@ def test_changed_configuration_and_length_are_refused(tmp_path: Path) -> None:
             [PruningCallback(PruningConfig(**{**fractions.model_dump(), "sparsity": 0.7}))],
             resume=checkpoint,
         )
-    with pytest.raises(ResumeError, match="or the number of training steps was"):
-        trained(tmp_path, [PruningCallback(fractions)], resume=checkpoint, max_steps=16)
+    trained(tmp_path, [PruningCallback(fractions)], resume=checkpoint, max_steps=16)
+    assert zeros(saved(tmp_path, 6)) == zeros(saved(tmp_path, 16)) == [230, 58]
 
 
 def test_checkpoints_load_with_stock_transformers(tmp_path: Path) -> None:
@@ -422,6 +457,167 @@ def test_nan_loss_leaves_weights_and_checkpoints(name: str, tmp_path: Path) -> N
     with pytest.raises(LossError):
         trained(tmp_path, [PruningCallback(CONFIGS[name])], model, Rows(bad=2))
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+class Averaging(torch.optim.SGD):
+    """Evaluates another point than the one that is trained, as schedule-free optimizers do."""
+
+    def train(self) -> None:
+        """Back to the trained weights."""
+
+    def eval(self) -> None:
+        """To the evaluated ones."""
+        for group in self.param_groups:
+            for value in group["params"]:
+                value.data += 1.0
+
+
+def test_optimizers_that_evaluate_other_weights_are_refused(tmp_path: Path) -> None:
+    model = Small()
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=Rows(),
+        callbacks=[PruningCallback(CONFIGS["local"])],
+        optimizers=(Averaging(model.parameters(), lr=0.1), None),
+    )
+    with pytest.raises(TrainerError, match="Averaging evaluates and saves other weights than it trains"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_logged_sparsity_is_counted_in_the_weights(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, [PruningCallback(CONFIGS["local"])])
+    trainer.log({"note": 1.0})
+    assert trainer.state.log_history[-1]["sparsity"] == 0.6
+    trainer.model.first.weight.data.fill_(1.0)
+    trainer.log({"note": 2.0})
+    assert trainer.state.log_history[-1]["sparsity"] == round(58 / 480, 6)
+
+
+def revived(model: nn.Module) -> bool:
+    """Whether zeros of a model have gradients."""
+    model.zero_grad()
+    model(**{key: value.unsqueeze(0) for key, value in Rows()[0].items()})["loss"].backward()
+    return bool(model.first.weight.grad[model.first.weight == 0].any())
+
+
+@pytest.mark.parametrize("name", ["local", "movement"])
+def test_gradients_are_free_after_an_error(name: str, tmp_path: Path) -> None:
+    """The callback still lives."""
+    model, callback = Small(), PruningCallback(CONFIGS[name])
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=Rows(), callbacks=[callback])
+    trainer.add_callback(Breaking(5, nan=True))
+    with pytest.raises(LossError):
+        trainer.train()
+    assert zeros(values_of(model)) == zeros(saved(tmp_path, 5)) != [0, 0]
+    assert revived(model)
+
+
+def test_gradients_are_free_after_an_interruption_once_the_callback_is_gone(tmp_path: Path) -> None:
+    model = Small()
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, [PruningCallback(CONFIGS["local"]), Breaking(5)], model)
+    gc.collect()
+    assert revived(model)
+
+
+def test_gradients_are_free_after_the_refusal_of_a_later_callback(tmp_path: Path) -> None:
+    model, pruning = Small(), PruningCallback(PruningConfig(start=0, end=0))
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, [pruning, Breaking(0)], model)
+    assert zeros(values_of(model)) == [192, 48]
+    assert revived(model)
+
+
+def test_values_that_movement_holds_come_back_when_training_starts_anew(tmp_path: Path) -> None:
+    still = {"learning_rate": 0.0, "weight_decay": 0.0}
+    model, callback, breaking = Small(), PruningCallback(CONFIGS["movement"]), Breaking(5)
+    args = arguments(tmp_path, **still)
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[callback, breaking])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert zeros(values_of(model)) != [0, 0]
+    breaking.step = 1  # before anything is pruned again
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(torch.equal(value, Small().state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_pruning_the_same_model_from_the_start_again_is_refused(tmp_path: Path) -> None:
+    """It would grow back until `start`; another callback, as the message says, keeps the very same zeros."""
+    trainer = trained(tmp_path / "first", [PruningCallback(CONFIGS["movement"])])
+    before = values_of(trainer.model)
+    with pytest.raises(TrainerError, match="has pruned the model in an earlier training"):
+        trainer.train()
+    assert all(torch.equal(value, before[key]) for key, value in values_of(trainer.model).items())
+    again = PruningConfig(sparsity=0.6, start=0, end=0)
+    trained(tmp_path / "second", [PruningCallback(again)], trainer.model)
+    for step in range(1, 9):
+        values = saved(tmp_path / "second", step)
+        assert all(torch.equal(values[f"{name}.weight"] == 0, before[f"{name}.weight"] == 0) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("key", "damage", "said"),
+    [
+        ("first.mask", "type", "its mask in the state file"),
+        ("first.mask", "shape", "its mask in the state file"),
+        ("first.held", "full", "holds values aside for weights that are not pruned"),
+        ("first.step", "shape", r"first\.step of movement pruning has the form"),
+        ("first.step", "missing", r"first\.step of movement pruning is missing"),
+    ],
+)
+def test_damaged_state_is_refused(key: str, damage: str, said: str, tmp_path: Path) -> None:
+    name = "local" if "mask" in key else "movement"
+    trained(tmp_path, [PruningCallback(CONFIGS[name])])
+    file = tmp_path / "checkpoint-5" / FILE
+    with safe_open(file, "pt") as reader:
+        metadata = reader.metadata()
+    tensors = load_file(file)
+    pruned = saved(tmp_path, 5)["first.weight"] == 0
+    tensors.setdefault("pruning.first.mask", ~pruned)
+    value = tensors.pop(f"pruning.{key}")
+    if damage != "missing":
+        changed = {"type": value.float(), "shape": torch.ones(3, dtype=value.dtype), "full": torch.ones_like(value)}
+        tensors[f"pruning.{key}"] = changed[damage]
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ResumeError, match=said):
+        trained(tmp_path, [PruningCallback(CONFIGS[name])], resume=tmp_path / "checkpoint-5")
+
+
+class Shared(Small):
+    """One layer used three times, by itself or under reentrant checkpointing, which gives its gradient in parts."""
+
+    def __init__(self, parts: bool) -> None:
+        super().__init__(dropout=0)
+        self.square, self.parts = nn.Linear(16, 16), parts
+        self.square.weight.data = torch.linspace(-0.3, 0.3, 256).sin().view(16, 16)
+        self.square.bias.data.zero_()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = x.requires_grad_()
+        for _ in range(3):
+            x = x + (checkpoint(self._inner, x, use_reentrant=True) if self.parts else self._inner(x))
+        return super().forward(x, labels)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.square(x))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_scores_of_shared_layers_under_reentrant_checkpointing(accumulated: int, tmp_path: Path) -> None:
+    """Tolerance: sums of three gradients in float32 in another order."""
+    made = []
+    for parts in (False, True):
+        folder = tmp_path / str(parts)
+        changes = {"max_steps": 4, "max_grad_norm": 0.0, "gradient_accumulation_steps": accumulated}
+        config = PruningConfig(method="movement", sparsity=0.6, initial=0.3, start=0, end=4, every=1)
+        trained(folder, [PruningCallback(config)], Shared(parts), optim="sgd", **changes)
+        made.append(load_file(folder / "checkpoint-3" / FILE))
+    for key in made[0]:
+        assert torch.allclose(made[0][key], made[1][key], rtol=1e-4, atol=1e-6), key
+    assert bool(made[0]["pruning.square.held"].any())
 
 
 def test_movement_scores_refuse_skipped_steps(tmp_path: Path) -> None:

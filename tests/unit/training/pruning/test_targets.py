@@ -95,6 +95,28 @@ def test_refused(values: dict[str, Any], error: type[Exception], said: str) -> N
     assert said in str(caught.value)
 
 
+class Odd(nn.Module):
+    """A layer that is pruned, and parameters that can't be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.pair, self.attention = nn.Linear(8, 8), nn.Bilinear(4, 4, 4), nn.MultiheadAttention(8, 2)
+
+
+@pytest.mark.touches_rng  # layers draw their weights
+def test_what_cannot_be_pruned_is_reported_and_not_ruled_upon() -> None:
+    model = Odd()
+    report = achieved(model, PruningConfig(skip=["attention.out_proj"]))
+    assert [weight.name for weight in report.weights] == ["plain"]
+    assert set(report.left_dense) == {"pair", "attention.in_proj_weight"}
+    assert "pair  dense: a parameter of Bilinear, which is no layer that can be pruned" in str(report)
+    for rule in (PruningRule(pattern="pair", keep=False), PruningRule(pattern="attention.in_proj*", sparsity=0.3)):
+        with pytest.raises(RuleError, match="has no effect"):
+            achieved(model, PruningConfig(rules=[rule]))
+    with pytest.raises(NothingToQuantizeError, match=r"pair \(a parameter of Bilinear"):
+        achieved(model, PruningConfig(skip=["plain", "attention"]))
+
+
 def test_nan_weights_are_refused_by_name() -> None:
     model, config = tiny("bert-classifier"), PruningConfig()
     model.get_parameter("bert.pooler.dense.weight").data[3, 4] = torch.nan

@@ -1,16 +1,22 @@
-"""Short real trainings of tiny models, which the tests of quantization-aware training share."""
+"""Short real trainings of tiny models, which the tests of quantization-aware training share.
+
+As a script, one of them in one of several processes.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tests._utils.tiny import VOCABULARY
+from hf_compress.training.qat.callback import QATCallback
+from hf_compress.training.qat.config import QATConfig
+from tests._utils.tiny import VOCABULARY, tiny
 
 STEPS = 6
 MIDDLE = 3
@@ -75,3 +81,17 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def stored(checkpoint: Path) -> dict[str, Tensor]:
     """What a checkpoint of the Trainer holds."""
     return load_file(checkpoint / "model.safetensors")
+
+
+def late_scales(folder: Path, batch: int) -> Trainer:
+    """Scales that are learned from the middle on, with gradient checkpointing and without dropout."""
+    model = tiny("bert-classifier", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = QATConfig(bits=4, group_size=32, learn_scales=True, start=MIDDLE)
+    options = {"per_device_train_batch_size": batch, "gradient_checkpointing": True, "save_strategy": "no"}
+    return trainer_of(model, "bert", folder, [QATCallback(config, convert=False)], **options)
+
+
+if __name__ == "__main__":
+    trainer = late_scales(Path(sys.argv[1]) / "run", batch=1)
+    trainer.train()
+    save_file(state(trainer.model), Path(sys.argv[1]) / f"rank-{trainer.args.process_index}.safetensors")

@@ -288,6 +288,44 @@ def test_training_that_ends_too_early_says_so(tmp_path: Path, caplog: pytest.Log
     assert "Training ended after step 1, fake quantization starts at 4" in caplog.text
 
 
+@pytest.mark.parametrize("ends", ["early", "early, converted later", "best"])
+def test_scales_that_were_never_trained_are_those_of_the_weights_at_the_end(ends: str, tmp_path: Path) -> None:
+    """Converted before `start`, learned scales are round to nearest's of today's weights, not of those before."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = ends != "best" and state.global_step == MIDDLE
+
+    model = tiny("bert-classifier")
+    config = QATConfig(bits=3, group_size=32, learn_scales=True, start=4, freeze=5)
+    options: dict[str, Any] = {"learning_rate": 0.1}
+    if ends == "best":
+        options |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": MIDDLE}
+        options |= {"metric_for_best_model": "step", "greater_is_better": False}
+    callback = QATCallback(config, convert="later" not in ends)
+    trainer = trainer_of(model, "bert", tmp_path, [callback, Stop()], **options)
+    trainer.compute_metrics = lambda _: {"step": trainer.state.global_step}
+    trainer.train()
+    if "later" in ends:
+        convert(model)
+    peer = BertForSequenceClassification.from_pretrained(tmp_path / f"checkpoint-{MIDDLE}")
+    hfc.quantize(peer, hfc.RTNQuantConfig(bits=3, group_size=32))
+    assert same(state(model), state(peer))
+
+
+def test_a_run_of_another_length_keeps_its_schedule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`start=0.5` of six steps stays step 3: what is fake-quantized already is not trained in floating point again."""
+    config = QATConfig(**INT4, start=0.5)
+    trainer_of(tiny("bert-classifier"), "bert", tmp_path, [QATCallback(config)]).train()
+    for done, steps in ((3, 5), (3, 14), (9, 10)):  # the last from a checkpoint of a resumed run
+        watch, begun = Watch(), QATCallback(config)
+        trainer = trainer_of(tiny("bert-classifier"), "bert", tmp_path, [begun, watch], max_steps=steps)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{done}"))
+        assert begun.length == STEPS
+        assert watch.phases == [(True, step < 5) for step in range(done, steps)]
+        assert f"begun with 6 optimizer steps and now has {steps}" in caplog.text
+
+
 # --- bad input ---
 
 
@@ -332,6 +370,8 @@ def test_models_that_cannot_be_prepared(tmp_path: Path) -> None:
     quantized = hfc.quantize(tiny("bert-classifier"), hfc.RTNQuantConfig(**INT4))
     with pytest.raises(AlreadyQuantizedError, match="start from the original model"):
         callback.prepare(quantized)
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized"):  # the Trainer's own
+        trainer_of(quantized, "bert", tmp_path, [callback])
     compiled: Any = torch.compile(tiny("bert-classifier"))
     with pytest.raises(TrainerError, match=r"compiled already.*torch_compile=True"):
         trainer_of(compiled, "bert", tmp_path, [callback])
@@ -340,6 +380,31 @@ def test_models_that_cannot_be_prepared(tmp_path: Path) -> None:
         model = adapted(tiny("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
         with pytest.raises(UnsupportedModelError, match=r"adapter at .*train adapters on a packed model"):
             callback.prepare(model)
+        with pytest.raises(UnsupportedModelError, match="has an adapter at"):
+            QATCallback().prepare(model)
+
+
+@pytest.mark.parametrize("when", ["before the Trainer", "after the Trainer", "after the training"])
+def test_adapters_on_a_prepared_model_are_refused_before_it_is_trained(when: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["query"])
+    model = tiny("bert-classifier")
+    QATCallback(QATConfig(**INT4)).prepare(model)
+    if when == "before the Trainer":
+        wrapped = peft.get_peft_model(model, adapter)  # which changes the model too, as `add_adapter` does
+        for adapted in (model, wrapped):
+            with pytest.raises(UnsupportedModelError, match="has an adapter at"):
+                trainer_of(adapted, "bert", tmp_path, [QATCallback()])
+        return
+    trainer = trainer_of(model, "bert", tmp_path, [QATCallback(convert=False)], save_strategy="no")
+    if when == "after the training":
+        trainer.train()
+    model.add_adapter(adapter)
+    with pytest.raises(UnsupportedModelError, match="has an adapter at"):
+        convert(model)
+    with pytest.raises(UnsupportedModelError, match="has an adapter at"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_callback_that_comes_late_is_refused(tmp_path: Path) -> None:

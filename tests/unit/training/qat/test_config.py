@@ -100,6 +100,7 @@ def test_freeze_before_start() -> None:
     refused("freeze=0.2 comes before start=0.5", start=0.5, freeze=0.2)
     refused("freeze=3 comes before start=4", start=4, freeze=3)
     refused("freeze=0.8 comes before start=0.9", start=0.9, freeze=0.8)
+    refused("freeze=0.8 comes before start=0.9", start=0.9)  # the default
     assert QATConfig(start=100, freeze=0.5).start == 100  # comparable only once the run's length is known
 
 

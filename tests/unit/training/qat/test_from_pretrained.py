@@ -71,6 +71,20 @@ def test_trains_as_a_model_that_the_callback_prepares(source: Path, tmp_path: Pa
         assert "quantization_config" not in config
 
 
+@pytest.mark.touches_rng
+def test_a_checkpoint_of_a_training_warns_of_what_is_left_out(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {**INT4, "learn_scales": True}
+    trainer_of(loaded(source, **fields), "bert", tmp_path, [QATCallback()]).train()
+    assert "beside its weights" not in caplog.text
+    again = loaded(tmp_path / f"checkpoint-{STEPS}", **fields)
+    assert "beside its weights, such as" in caplog.text
+    learned = [value for name, value in again.named_parameters() if name.endswith("hfc_scale_bias")]
+    assert learned
+    assert not any(bool(value.any()) for value in learned)
+
+
 def test_the_callback_takes_the_models_own_configuration(source: Path) -> None:
     model = loaded(source, **INT4, freeze=7)
     callback = QATCallback()
