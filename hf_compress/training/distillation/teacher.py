@@ -6,12 +6,12 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import AcceleratorState
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
@@ -62,13 +62,24 @@ class Teacher:
         targets = _setting(self.plain, "max_target_positions")
         self._reach_of_decoder = targets if isinstance(targets, int) else self._reach
 
+        self._precision: torch.dtype | None = None
+
     def place(self, device: torch.device) -> None:
-        """Move it to the student's device, where it is not spread over devices of its own."""
+        """Make it a part of the run of a Trainer, which exists.
+
+        It computes under the run's mixed precision, as accelerate lets the student do; the object isn't changed for
+        it.
+
+        Args:
+            device: The student's. The teacher is moved there, if it is not spread over devices of its own.
+        """
+        types = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        self._precision = types.get(str(AcceleratorState().mixed_precision))
         if "hf_device_map" not in vars(self.model):
             self.model.to(device)
 
     def __call__(self, batch: Mapping[str, Any], student: nn.Module) -> Outputs:
-        """Its outputs for a batch of the student, under the mixed precision that accelerate gives the student.
+        """Its outputs for a batch of the student.
 
         Args:
             batch: Forward arguments of the student, without labels.
@@ -84,11 +95,18 @@ class Teacher:
             given["use_cache"] = False
         if self.model.training:
             self.model.eval()
-        with torch.no_grad(), _mixed_precision(next(student.parameters()).device):
+        with torch.no_grad(), self._autocast(next(student.parameters()).device.type):
             made = self.model(**given)
         if not isinstance(made, Mapping):
             raise TeacherError(f"The teacher returns a {type(made).__name__}.", "teacher.config.return_dict = True")
         return made
+
+    def _autocast(self, device: str) -> AbstractContextManager[None]:
+        """The mixed precision of the run."""
+        context: AbstractContextManager[None] = (
+            nullcontext() if self._precision is None else torch.autocast(device, dtype=self._precision)
+        )
+        return context
 
     def alone_takes(self, student: nn.Module) -> frozenset[str]:
         """Names of the arguments that it takes and a student doesn't, such as token types.
@@ -112,14 +130,6 @@ class Teacher:
                     f"Rows of {ids.shape[-1]} tokens in {name}, but the teacher reads at most {reach}.",
                     f"cut them: tokenizer(..., truncation=True, max_length={reach})",
                 )
-
-
-def _mixed_precision(device: torch.device) -> AbstractContextManager[None]:
-    """The mixed precision of the run; the model itself stays as it is, other than what accelerate prepares."""
-    types = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    found = types.get(str(AcceleratorState().mixed_precision)) if is_initialized() else None
-    context: AbstractContextManager[None] = torch.autocast(device.type, dtype=found, enabled=found is not None)
-    return context
 
 
 def without_labels(student: nn.Module, batch: Mapping[str, Any], names: Collection[str] = ()) -> dict[str, Any]:
