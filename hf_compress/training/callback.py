@@ -47,6 +47,8 @@ class CompressionCallback(TrainerCallback):
 
     name: ClassVar[str]
     """Of its section in a checkpoint's state file."""
+    scheduled: ClassVar[bool] = True
+    """Whether its configuration says when something happens in a run."""
 
     def __init__(self, resume_from: str | Path | None = None) -> None:
         if not isinstance(resume_from, str | Path | None):
@@ -158,14 +160,35 @@ class CompressionCallback(TrainerCallback):
             _check_same_run(folder, state, name)
             restore(folder, bare(model))
             section = read_section(folder, self.name, self.settings(), state.global_step)
+        elif self.resume_from is not None:
+            raise TrainerError(
+                f"{name} has resume_from={str(self.resume_from)!r}, and training starts anew.",
+                "trainer.train(resume_from_checkpoint=...) with that path, or leave resume_from out",
+            )
         self.length = state.max_steps if section is None else section.length
-        if self.length != state.max_steps:
+        if self.scheduled:
+            self._check_length(state)
+        self.begin(bare(model), state, section)
+
+    def _check_length(self, state: TrainerState) -> None:
+        """Keep the schedule of a run that is resumed with another number of steps.
+
+        Raises:
+            ResumeError: It is over before the schedule is.
+        """
+        name = type(self).__name__
+        if self.length > state.max_steps:
+            raise ResumeError(
+                f"The run was begun with {self.length} optimizer steps and now has {state.max_steps}: the schedule of "
+                f"{name} would not come to its end.",
+                f"TrainingArguments(max_steps={self.length}) or more, or start anew from the checkpoint's weights",
+            )
+        if self.length < state.max_steps:
             logger.warning(
                 "The run was begun with %d optimizer steps and now has %d: fractions in the configuration of %s still "
                 "are those of %d.",
                 *(self.length, state.max_steps, name, self.length),
             )
-        self.begin(bare(model), state, section)
 
     def _refuse_second(self, state: TrainerState) -> None:
         """Refuse another callback with a section of this name; the state, which all events share, says who is there.

@@ -82,7 +82,7 @@ def read_section(folder: Path, name: str, config: Mapping[str, Any], step: int) 
         step: Optimizer steps done.
 
     Raises:
-        ResumeError: There is no such section, or it belongs to another configuration or step.
+        ResumeError: There is no such section, or it belongs to another configuration, step or run.
         CorruptCheckpointError: The file is damaged.
     """
     file = folder / FILE
@@ -106,6 +106,11 @@ def read_section(folder: Path, name: str, config: Mapping[str, Any], step: int) 
         raise ResumeError(
             f"{file} is of step {heads[name]['step']}, the checkpoint of step {step}.", "restore the directory"
         )
+    if heads[name]["saved"] != _fingerprint(folder / TRAINER_STATE):
+        raise ResumeError(
+            f"{file} is of an earlier run in the same directory than the checkpoint beside it.",
+            "resume from a checkpoint of a run with this callback, or start anew from its weights",
+        )
     head = f"{name}."
     own = {key.removeprefix(head): value for key, value in tensors.items() if key.startswith(head)}
     return Section(before, step, own, heads[name]["length"])
@@ -117,7 +122,7 @@ def _others(file: Path, saved: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, heads = _read(file) if file.is_file() else ({}, {})
     except CorruptCheckpointError:
         return {}, {}
-    own = {name: head for name, head in heads.items() if head.get("saved") == saved}
+    own = {name: head for name, head in heads.items() if head["saved"] == saved}
     return {key: value for key, value in tensors.items() if key.partition(".")[0] in own}, own
 
 
@@ -151,4 +156,5 @@ def _is_head(value: object) -> bool:
     """Whether something is what `write_section` writes for a section."""
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
         return False
-    return isinstance(value.get("step"), int) and isinstance(value.get("length"), int)
+    kinds = {"step": int, "length": int, "saved": str}
+    return all(isinstance(value.get(key), kind) for key, kind in kinds.items())

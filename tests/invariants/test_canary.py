@@ -90,6 +90,7 @@ FUNCTIONS = {
     # training/distillation/
     "transformers:Trainer.compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "transformers:Trainer.get_tp_size": (),
+    "transformers:Trainer._set_signature_columns_if_needed": (),
     "transformers:Wav2Vec2ForCTC._get_feat_extract_output_lengths": ("input_lengths",),
     "transformers:ParakeetForCTC._get_subsampling_output_length": ("input_lengths",),
     "transformers:BartForConditionalGeneration.prepare_decoder_input_ids_from_labels": ("labels",),

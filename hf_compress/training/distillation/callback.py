@@ -38,6 +38,7 @@ class DistillationState(CompressionCallback):
     """
 
     name: ClassVar[str] = "distillation"
+    scheduled: ClassVar[bool] = False
 
     def __init__(self, distiller: Distiller, resume_from: str | Path | None = None) -> None:
         super().__init__(resume_from)
@@ -123,8 +124,9 @@ class DistillationCallback(DistillationState):
     agrees bit by bit with `DistillationTrainer`, which alone knows losses on hidden states and relations, label
     smoothing, `compute_loss_func` and Trainers that compute the loss themselves.
 
-    Hooks on the model do it. They act in the forward passes of training steps only, and do nothing any more where
-    training is interrupted in a forward or backward pass or between steps.
+    Hooks on the model do it. They act in the first forward pass with gradients of each batch of training, and do
+    nothing any more where training is interrupted after it, or between steps. A Trainer that takes several such passes
+    for a batch learns from the teacher in the first one only; it needs the mixin.
 
     Args:
         teacher: The teacher, of any type, quantized or not.
@@ -271,7 +273,7 @@ class _Hooks:
         labels: Names of the model's labels.
 
     Attributes:
-        live: Whether they act: from the begin of a batch until its gradients are computed.
+        live: Whether they act: from the begin of a batch until its first forward pass with gradients.
         reached: Whether the loss has got a gradient in this step.
     """
 
@@ -292,9 +294,9 @@ class _Hooks:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments without what asks for a sum, or for a loss that counts for nothing."""
         self._running = None
-        if self.distiller is None or not self.live or not module.training or args:
+        if self.distiller is None or not self.live or not module.training or not torch.is_grad_enabled() or args:
             return None
-        self.live = False  # until the forward pass has ended, which an error may keep it from
+        self.live = False  # until the next batch begins, which an error may keep it from
         self._running = dict(kwargs)
         if self.distiller.config.alpha == 1:
             return args, without_labels(without_adapters(module), kwargs, self.labels)
@@ -306,9 +308,7 @@ class _Hooks:
         if self.distiller is None or self._running is None:
             return None
         batch, self._running = self._running, None
-        made = self._with_loss(self.distiller, module, output, batch)
-        self.live = True
-        return made
+        return self._with_loss(self.distiller, module, output, batch)
 
     def _with_loss(self, distiller: Distiller, model: nn.Module, output: Any, batch: dict[str, Any]) -> Outputs:
         """The outputs with the loss, which tells when its gradient is computed."""
@@ -329,4 +329,3 @@ class _Hooks:
     def _reach(self, gradient: Tensor) -> None:
         """Note that the loss is the one that is learned from."""
         self.reached = True
-        self.live = False

@@ -87,7 +87,8 @@ class DistillationMixin(_Base):
             **kwargs: The same.
 
         Raises:
-            ResumeError: The checkpoint was written with another configuration or teacher, or by another Trainer.
+            ResumeError: The checkpoint was written with another configuration or teacher, told by a sample of its
+                values, or by another Trainer.
         """
         given = not isinstance(resume_from_checkpoint, bool) and resume_from_checkpoint is not None
         self._kept.resume_from = Path(str(resume_from_checkpoint)) if given else None
@@ -106,6 +107,8 @@ class DistillationMixin(_Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep columns of the data that only the teacher takes, such as token types."""
+        # A private method, but the only place where the Trainer decides on columns, for datasets and collators of any
+        # kind; remove_unused_columns=False would keep what nobody takes. So it is extended, and its own result kept.
         unset = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if unset:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ...core.errors import ConfigError, HFCompressError, TrainerError
+from ...core.errors import ConfigError, TrainerError
 from ...modules.results import check_values
 from ..callback import CompressionCallback, bare
 from ..state import Section
@@ -54,6 +53,9 @@ class PruningCallback(CompressionCallback):
     movement pruning also keeps scores and two moments in float32, and the values of weights that are pruned for now.
     Resuming from a checkpoint equals the uninterrupted run.
 
+    Hooks on the parameters zero gradients. They act in training steps only. Where training is broken off in a step,
+    they stop as soon as gradients start anew; broken off in its first forward pass, one later backward pass is masked.
+
     The order of `PruningCallback` and `QATCallback` in the list of callbacks does not matter: the values that are
     rounded are masked ones, and zero is on every grid.
 
@@ -87,6 +89,8 @@ class PruningCallback(CompressionCallback):
         self._keep: dict[str, Tensor] = {}
         self._scores: Scores | None = None
         self._hooks: list[RemovableHandle] = []
+        self._live = False  # whether the hooks act: from the begin of a step until its gradients are complete
+        self._reached: set[str] = set()  # weights that have a gradient in this step
 
     def insert(self, model: nn.Module) -> None:
         """Find what is pruned; nothing changes yet.
@@ -180,11 +184,15 @@ class PruningCallback(CompressionCallback):
     ) -> None:
         """See to the gradients from the first step on, when no other callback can refuse the training any more."""
         super().on_step_begin(args, state, control, model=model, **kwargs)
+        self._live = True
+        self._reached.clear()
         if model is None or self._hooks:
             return
         for name, parameter in self._parameters(bare(model)).items():
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_masker(weakref.ref(self), name)))
+                watch, mask = _hooks(weakref.ref(self), name, weakref.ref(parameter))
+                self._hooks.append(parameter.register_hook(watch))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(mask))
 
     def on_pre_optimizer_step(
         self,
@@ -195,8 +203,8 @@ class PruningCallback(CompressionCallback):
         **kwargs: Any,
     ) -> None:
         """Move the scores, once gradients are known to be finite."""
-        with self._unhooked_on_error():
-            super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+        self._live = False
+        super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
         if model is None or self._scores is None:
             return
         for name, parameter in self._parameters(bare(model)).items():
@@ -220,8 +228,7 @@ class PruningCallback(CompressionCallback):
         step = state.global_step + 1  # the Trainer counts this one later
         self._uphold(bare(model))
         if self._schedule.is_due(step):
-            with self._unhooked_on_error():
-                self._prune(bare(model), step)
+            self._prune(bare(model), step)
         if self._schedule.is_fixed(step):
             self._scores = None
 
@@ -349,8 +356,16 @@ class PruningCallback(CompressionCallback):
             if keep is not None and parameter is not None:
                 parameter.mul_(keep)
 
+    def _arriving(self, name: str, parameter: nn.Parameter) -> None:
+        """Notice where a step was broken off, of which the Trainer tells nobody: its gradients are gone."""
+        if name in self._reached and parameter.grad is None:
+            self._live = False
+        self._reached.add(name)
+
     def _accumulated(self, name: str, parameter: nn.Parameter) -> None:
         """See to the gradient of a weight, of one batch or a part of it."""
+        if not self._live:
+            return
         if self._scores is not None:
             if not GradientState().sync_gradients:  # scores need the gradient of the whole step, unmasked
                 return
@@ -363,33 +378,27 @@ class PruningCallback(CompressionCallback):
         if keep is not None and parameter.grad is not None:
             parameter.grad.mul_(keep)
 
-    @contextmanager
-    def _unhooked_on_error(self) -> Iterator[None]:
-        """Leave gradients alone once we have broken training off, of which the Trainer tells nobody."""
-        try:
-            yield
-        except HFCompressError:
-            self._unhook()
-            raise
-
-    def _unhook(self) -> None:
-        """Leave gradients alone."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
     def _release(self) -> None:
         """Remove hooks, masks and scores."""
-        self._unhook()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._live = [], False
         self._keep, self._scores = {}, None
 
 
-def _masker(callback: weakref.ref[PruningCallback], name: str) -> Callable[[nn.Parameter], None]:
-    """What is called with a weight whenever its gradient has been accumulated; nothing once the callback is gone."""
+def _hooks(
+    callback: weakref.ref[PruningCallback], name: str, weight: weakref.ref[nn.Parameter]
+) -> tuple[Callable[[Tensor], None], Callable[[nn.Parameter], None]]:
+    """What is called before and after a gradient of a weight is accumulated; nothing once the callback is gone."""
+
+    def arriving(gradient: Tensor) -> None:
+        alive, parameter = callback(), weight()
+        if alive is not None and parameter is not None:
+            alive._arriving(name, parameter)
 
     def accumulated(parameter: nn.Parameter) -> None:
         alive = callback()
         if alive is not None:
             alive._accumulated(name, parameter)
 
-    return accumulated
+    return arriving, accumulated

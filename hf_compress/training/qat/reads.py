@@ -1,8 +1,9 @@
 """Weights whose values another module reads, such as a parent that hands them to a fused function.
 
 Fake quantization happens in a layer's own forward, so such weights would be trained without rounding and yet be
-packed. The first forward of a model in each mode is watched, and ends in an error where there was such a read. Code
-that torch.compile traces isn't watched: there, other modules read rounded values.
+packed. The first forward of a model in each mode is watched, and ends in an error where there was such a read; one
+that only evaluation mode has is thus found by the first evaluation. Code that torch.compile traces isn't watched:
+there, other modules read rounded values.
 """
 
 from __future__ import annotations
@@ -131,9 +132,14 @@ def _end(model: nn.Module, args: object, output: object) -> None:
     ]
     if found:
         skip = ", ".join(f'"{pattern}"' for pattern in dict.fromkeys(map(_every_layer, found)))
-        raise UnsupportedModelError(
+        reads_them = (
             f"{type(model).__name__} reads the values of {listed(found)} ({len(found)} weights) without calling their "
-            "layers, which is where they are rounded: they would be trained in floating point, and packed at the end.",
+            "layers, which is where they are rounded"
+        )
+        raise UnsupportedModelError(
+            f"{reads_them}: they would be trained in floating point, and packed at the end."
+            if model.training
+            else f"In evaluation mode {reads_them}: evaluation and the packed model would no longer agree.",
             f"QATConfig(..., skip=[{skip}])",
         )
     vars(model)[_WATCH].modes.discard(model.training)

@@ -247,6 +247,30 @@ def test_a_resumed_run_keeps_the_length_that_schedules_were_made_for(
         assert f"begun with 4 optimizer steps and now has {steps}" in caplog.text
 
 
+def test_a_shorter_run_is_refused_where_there_is_a_schedule(tmp_path: Path) -> None:
+    trainer_of(tmp_path, Watching()).train()
+    trainer = trainer_of(tmp_path, Watching(), max_steps=3)
+    with pytest.raises(ResumeError, match="begun with 4 optimizer steps and now has 3"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_path_that_nothing_is_resumed_from_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, Watching(resume_from=tmp_path / "checkpoint-2"))
+    with pytest.raises(TrainerError, match="training starts anew"):
+        trainer.train()
+    with pytest.raises(TrainerError, match="is no path"):
+        Watching(resume_from=5)  # type: ignore[arg-type]
+
+
+def test_a_section_that_an_earlier_run_left_is_refused(tmp_path: Path) -> None:
+    trainer_of(tmp_path, Watching()).train()
+    plain = trainer_of(tmp_path, logging_steps=2)
+    plain.train()
+    again = trainer_of(tmp_path, Watching())
+    with pytest.raises(ResumeError, match="earlier run in the same directory"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def _whole(model: nn.Module) -> Any:
     return torch.compile(model)
 

@@ -168,6 +168,31 @@ def test_loss_that_is_not_the_models_is_refused_before_a_step(
     assert all(torch.equal(before[name], value) for name, value in student.named_parameters())
 
 
+class LooksFirst(Trainer):
+    """Looks at the outputs without gradients before it computes the loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            model(**inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_forward_pass_without_gradients_is_not_taught(tmp_path: Path) -> None:
+    case, runs = CASES["sequence"], []
+    for kind in (Trainer, LooksFirst):
+        callback = DistillationCallback(case.build(2))
+        runs.append(distilled(tmp_path, case.build(1), None, case.rows(), kind=kind, callbacks=[callback]))
+    assert difference(*map(parameters, runs)) == 0.0
+
+
+class Interrupted(Trainer):
+    """Stops training between a forward and a backward pass."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        super().compute_loss(*args, **kwargs)
+        raise KeyboardInterrupt
+
+
 class Interrupting(TrainerCallback):
     """Stops training between steps, as a user does."""
 
@@ -187,7 +212,7 @@ class Stumbling(torch.autograd.Function):
         raise MemoryError
 
 
-@pytest.mark.parametrize("where", ["step", "forward", "backward", "teacher"])
+@pytest.mark.parametrize("where", ["step", "forward", "loss", "backward", "teacher"])
 def test_hooks_are_dead_after_an_interruption(where: str, tmp_path: Path) -> None:
     """The model's loss is its own again."""
     case = CASES["sequence"]
@@ -200,14 +225,14 @@ def test_hooks_are_dead_after_an_interruption(where: str, tmp_path: Path) -> Non
         handles = [stopped.classifier.register_forward_hook(_stop)]
     elif where == "backward":
         handles = [student.classifier.register_forward_hook(lambda _, __, output: Stumbling.apply(output))]
+    kind = Interrupted if where == "loss" else Trainer
     with pytest.raises((KeyboardInterrupt, MemoryError)):
-        distilled(tmp_path, student, None, case.rows(), callbacks=[DistillationCallback(teacher), *more])
+        distilled(tmp_path, student, None, case.rows(), kind=kind, callbacks=[DistillationCallback(teacher), *more])
     for handle in handles:
         handle.remove()
-    student.train()
-    with torch.no_grad():
-        made = student(**batch)
-    assert float(made.loss) == float(torch.nn.functional.cross_entropy(made.logits, batch["labels"]))
+    made = student.train()(**batch)  # with gradients, as in training
+    own = torch.nn.functional.cross_entropy(made.logits, batch["labels"])
+    assert float(made.loss.detach()) == float(own.detach())
 
 
 def _stop(module: torch.nn.Module, args: Any, output: Any) -> None:

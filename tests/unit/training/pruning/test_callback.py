@@ -514,6 +514,84 @@ def test_gradients_are_free_after_an_error(name: str, tmp_path: Path) -> None:
     assert revived(model)
 
 
+@pytest.mark.parametrize("name", ["local", "movement"])
+def test_gradients_are_free_after_an_interruption(name: str, tmp_path: Path) -> None:
+    """The callback still lives."""
+    model, callback = Small(), PruningCallback(CONFIGS[name])
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, [callback, Breaking(5)], model)
+    assert zeros(values_of(model)) == zeros(saved(tmp_path, 4)) != [0, 0]
+    assert revived(model)
+
+
+class Refusing(TrainerCallback):
+    """Raises before a step is taken, as QATCallback does for a loss that is NaN."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("name", ["local", "movement"])
+def test_gradients_are_free_after_the_refusal_of_a_callback_in_front(
+    name: str, accumulated: int, tmp_path: Path
+) -> None:
+    """PruningCallback never learns of the error; the gradients, which are set to None, tell."""
+    model, callback = Small(), PruningCallback(CONFIGS[name])
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, [Refusing(), callback], model, gradient_accumulation_steps=accumulated)
+    assert zeros(values_of(model)) == zeros(saved(tmp_path, 5)) != [0, 0]
+    assert revived(model)
+
+
+def test_gradients_are_free_after_an_interruption_in_a_forward_pass(tmp_path: Path) -> None:
+    """From the second backward pass on: nothing tells the first one from that of the step."""
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    class Arming(TrainerCallback):
+        def on_step_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            if state.global_step == 5:
+                self.remove = kwargs["model"].drop.register_forward_pre_hook(interrupt).remove
+
+    model, callback, arming = Small(), PruningCallback(CONFIGS["local"]), Arming()
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, [callback, arming], model)
+    arming.remove()
+    revived(model)
+    assert revived(model)
+
+
+def test_gradients_are_free_after_an_error_of_qat(tmp_path: Path) -> None:
+    model = tiny("bert-classifier", num_hidden_layers=1)
+    pruning = PruningCallback(PruningConfig(start=0, end=0))
+    breaking = NotANumber()
+    with pytest.raises(LossError):
+        trained(tmp_path / "first", [QATCallback(QATConfig(bits=4, group_size=32)), pruning, breaking], model, Texts())
+    before = model.bert.pooler.dense._parameters["weight"].detach() == 0
+    assert float(before.float().mean()) == 0.5
+    breaking.remove()
+    trained(tmp_path / "second", [], model, Texts(), max_steps=1)
+    after = model.bert.pooler.dense._parameters["weight"].detach() == 0
+    assert int(after.sum()) < int(before.sum()) / 2
+
+
+class NotANumber(TrainerCallback):
+    """Makes gradients NaN from the third step on."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 2:
+            self.remove = kwargs["model"].classifier.bias.register_hook(lambda gradient: gradient * torch.nan).remove
+
+
 def test_gradients_are_free_after_an_interruption_once_the_callback_is_gone(tmp_path: Path) -> None:
     model = Small()
     with pytest.raises(KeyboardInterrupt):

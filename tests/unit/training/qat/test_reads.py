@@ -113,21 +113,33 @@ def test_questions_about_the_form_are_no_reads(family: str, start: int) -> None:
 
 
 class Reader(nn.Module):
-    """Computes with a layer's weight, or with the layer."""
+    """Computes with a layer's weight, or with the layer: always, or in training only."""
 
-    def __init__(self, calls: bool = False) -> None:
+    def __init__(self, calls: bool = False, calls_in_training: bool = False) -> None:
         super().__init__()
         self.layer = nn.Linear(64, 64)
         self.calls = calls
+        self.calls_in_training = calls_in_training
 
     def forward(self, value: Tensor) -> Tensor:
-        return self.layer(value) if self.calls else functional.linear(value, self.layer.weight, self.layer.bias)
+        calls = self.calls or (self.calls_in_training and self.training)
+        return self.layer(value) if calls else functional.linear(value, self.layer.weight, self.layer.bias)
 
 
-def reader(calls: bool = False) -> Any:
+def reader(calls: bool = False, calls_in_training: bool = False) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return Reader(calls).eval()
+        return Reader(calls, calls_in_training).eval()
+
+
+def test_what_evaluation_alone_reads_is_told_as_such() -> None:
+    model = prepared(reader(calls_in_training=True))
+    model.train()(random(2, 64))
+    with pytest.raises(UnsupportedModelError, match=r"In evaluation mode Reader reads .* no longer agree") as error:
+        model.eval()(random(2, 64))
+    assert error.value.fix == 'QATConfig(..., skip=["layer"])'
+    with pytest.raises(UnsupportedModelError, match=r"\] Reader reads .* trained in floating point"):
+        prepared(reader()).train()(random(2, 64))
 
 
 def test_users_may_read_outside_of_a_forward() -> None:
