@@ -3,6 +3,7 @@
 python -m benchmarks.ptq_peers                          # measure what is missing, cell by cell
 python -m benchmarks.ptq_peers --only gptq --redo-busy  # again what was measured while other programs ran
 python -m benchmarks.ptq_peers --summary                # ratios and bars from the cells that there are
+python -m benchmarks.ptq_peers --out benchmarks/begun   # where cells wait until all are measured
 
 A cell is a tool, a method, a number of bits and a draw of calibration rows. Peers run in environments of their own,
 see `benchmarks.peers.environments`. The result is written after each cell, so the run can be stopped at any time.

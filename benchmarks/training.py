@@ -3,6 +3,7 @@
 python -m benchmarks.training                    # measure what is missing, cell by cell, at most 90 minutes in all
 python -m benchmarks.training --only qat         # only cells with this in their name
 python -m benchmarks.training --summary          # means and bars from the cells that there are
+python -m benchmarks.training --out benchmarks/begun  # where cells wait until all are measured
 python -m benchmarks.training --smoke            # two steps each, to try the script
 
 A cell is a kind and a seed. The result is written after each cell, so the run can be stopped at any time.

@@ -158,9 +158,11 @@ class ResultsStore:
         temporary = self._directory / f"{_name_of(key)}.tmp"
         save_file(_separate(tensors), temporary, metadata=metadata)
         file = self._directory / f"{_name_of(key)}-{_content_hash(temporary)}{kind}"
-        sync(temporary)
+        if self._resumable:  # else nothing of it has to survive
+            sync(temporary)
         temporary.replace(file)
-        sync(self._directory)
+        if self._resumable:
+            sync(self._directory)
         self._checked.add(file)
         return file
 
