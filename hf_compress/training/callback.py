@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
@@ -20,9 +20,6 @@ from ..apply.planning import is_quantized
 from ..core.errors import AlreadyQuantizedError, LossError, ResumeError, TrainerError
 from .restore import restore
 from .state import TRAINER_STATE, Section, read_section, write_section
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _CALLBACKS = "hfc_callbacks"
@@ -128,7 +125,6 @@ class CompressionCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Refuse what can't work, and take up a checkpoint's state.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -21,9 +21,6 @@ from .config import DistillationConfig
 from .distiller import Distiller
 from .tasks import Outputs, without_adapters
 from .teacher import without_labels
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +88,12 @@ class DistillationState(CompressionCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Check the student also where it is another one than at first, as `model_init` makes it."""
         if model is not None and self._prepared is not None:  # else it was added too late, which the base refuses
             self.prepare(bare(model))
-        super().on_train_begin(args, state, control, model, optimizer, **kwargs)
+        super().on_train_begin(args, state, control, model, **kwargs)
 
     def on_pre_optimizer_step(
         self,
@@ -162,7 +158,6 @@ class DistillationCallback(DistillationState):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Put the teacher beside the student, and add the hooks.
@@ -170,7 +165,7 @@ class DistillationCallback(DistillationState):
         Raises:
             TrainerError: The Trainer would compute the loss itself.
         """
-        super().on_train_begin(args, state, control, model, optimizer, **kwargs)
+        super().on_train_begin(args, state, control, model, **kwargs)
         if args.label_smoothing_factor:
             raise TrainerError(
                 f"With label_smoothing_factor={args.label_smoothing_factor} the Trainer computes the loss itself.",

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -25,9 +25,6 @@ from .convert import convert as convert_model
 from .convert import refuse_adapter, unseen_inputs
 from .modules import commit_ranges, fake_modules, forget_scale_gradients, insert_fake_quant, set_phase
 from .norms import freeze_norms, release_norms
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +116,10 @@ class QATCallback(CompressionCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Refuse what can't work, resolve the schedule, and warn of a best model that may be a float one."""
-        super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
+        super().on_train_begin(args, state, control, model=model, **kwargs)
         if args.load_best_model_at_end and self._moments[0] > state.global_step:
             logger.warning(
                 "Evaluations before step %d measure the float model, and load_best_model_at_end may choose one of "
